@@ -1,0 +1,32 @@
+"""Package metadata; everything else is in the Makefile and constraints.txt."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+version = {}
+exec(Path(__file__).with_name('pfcr_mm').joinpath('version.py').read_text(), version)
+
+setup(
+    name='pfcr_mm',
+    version=version['__version__'],
+    description='Low-bit post-training quantization (PFCR) of transformer detectors',
+    long_description=Path(__file__).with_name('README.md').read_text(),
+    long_description_content_type='text/markdown',
+    python_requires='>=3.10',
+    packages=find_packages(include=['pfcr_mm', 'pfcr_mm.*']),
+    package_data={
+        'pfcr_mm': ['assets/*', '.mim/*.yml', '.mim/configs/**/*.py', '.mim/configs/**/*.yml'],
+    },
+    install_requires=[
+        'torch>=2.6',
+        'onedl-mmengine>=0.10.12',
+        'onedl-mmcv>=2.3.6',
+        'onedl-mmdetection>=3.5.1',
+        'pycocotools',
+        'timm>=1.0',
+        'torchvision',
+    ],
+    extras_require={
+        'dev': ['pytest', 'ruff'],
+    },
+)
