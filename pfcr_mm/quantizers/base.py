@@ -1,0 +1,97 @@
+"""`Quantizer`: the state every quantizer holds, and how it is built from a spec."""
+import torch
+from torch import nn
+
+from ..registry import QUANTIZERS, lookup
+from .spec import QuantizerSpec
+
+
+class Quantizer(nn.Module):
+    """Maps a float tensor to its quantize-dequantize value.
+
+    The scale is kept as its logarithm: it stays positive and a learning rate acts
+    relative to its size. Off (`enabled=False`) it returns its input untouched; on
+    but without scales it raises, so nothing runs in float unnoticed.
+
+    Args:
+        spec (QuantizerSpec): kind, bits, granularity.
+        size (int): number of scales: 1, channels or heads.
+        axis (int | None): axis of the input the scales run along.
+    """
+
+    def __init__(self, spec, size=1, axis=None):
+        super().__init__()
+        self.spec = spec
+        self.axis = axis
+        self.enabled = False
+        self.keep_prob = 1.0  # QDrop: share of values that are quantized while learning
+        self.log_scale = nn.Parameter(torch.zeros(size), requires_grad=False)
+        self.register_buffer('zero_point', torch.zeros(size))
+        self.calibrated = False
+
+    @property
+    def bits(self):
+        return self.spec.bits
+
+    @property
+    def scale(self):
+        """Scales, shape (size,), positive."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def set_scale(self, scale, zero_point=None):
+        """Take scales (and zero points) of shape (size,); marks the quantizer calibrated."""
+        if not torch.isfinite(scale).all() or (scale <= 0).any():
+            raise ValueError('scales must be positive and finite')
+        self.log_scale.copy_(scale.log())
+        self.zero_point.copy_(torch.zeros_like(scale) if zero_point is None else zero_point)
+        self.calibrated = True
+
+    def spread(self, values, x):
+        """Shape a (size,) tensor so that it broadcasts against `x`."""
+        if self.axis is None:
+            return values
+        shape = [1] * x.dim()
+        shape[self.axis] = -1
+        return values.view(shape)
+
+    def forward(self, x):
+        if not self.enabled:
+            return x
+        if not self.calibrated:
+            raise RuntimeError(f'{self} is on but was never calibrated')
+        quantized = self.fake_quantize(x)
+        if self.keep_prob < 1.0:
+            quantized = torch.where(torch.rand_like(x) < self.keep_prob, quantized, x)
+        return quantized
+
+    def fake_quantize(self, x):
+        """Quantize-dequantize `x` with the current scales."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        if self.calibrated:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              unexpected_keys, error_msgs):
+        """Scales in a checkpoint switch the quantizer on; a float checkpoint leaves it off."""
+        if f'{prefix}log_scale' not in state_dict:
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self.calibrated = self.enabled = True
+
+    def extra_repr(self):
+        return f'{self.spec}, size={self.log_scale.numel()}, axis={self.axis}'
+
+
+def build_quantizer(spec, size=1, axis=None):
+    """Build the quantizer a spec names.
+
+    Example:
+        >>> q = build_quantizer(QuantizerSpec(bits=4))
+        >>> q.set_scale(torch.tensor([0.1]), torch.tensor([3.]))
+    """
+    spec = spec if isinstance(spec, QuantizerSpec) else QuantizerSpec(**spec)
+    return lookup(QUANTIZERS, spec.kind, 'kind')(spec, size, axis)

@@ -1,0 +1,168 @@
+"""Scale search: from samples of a tensor to scales and zero points.
+
+Samples come as (groups, n): one row per scale (1 for a tensor, channels, heads).
+All searches are vectorised over groups.
+"""
+import torch
+
+from ..errors import UsageError
+from . import functional as F
+
+PERCENTILES = (0.99, 0.999, 0.9999, 0.99999)
+SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
+WEIGHT_FACTORS = torch.linspace(0.5, 1.15, 27).tolist()
+INPUT_FACTORS = torch.linspace(0.4, 1.2, 33).tolist()
+_QUANTILE_LIMIT = 2**23  # torch.quantile fails above 2**24 elements
+
+
+def search_range(samples, spec, method='mse', minmax=None):
+    """Scales and zero points of a uniform quantizer.
+
+    Args:
+        samples (Tensor): (groups, n).
+        spec (QuantizerSpec): bits and symmetry.
+        method (str): 'minmax'; 'percentile' (RepQ-ViT: the best of a few upper and
+            lower quantiles); 'mse' (shrink both ends together, then each alone).
+        minmax (tuple[Tensor] | None): true extremes (groups,), where the samples
+            are only a part of the data.
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and zero point, each (groups,).
+    """
+    low, high = minmax if minmax is not None else (samples.amin(1), samples.amax(1))
+    if method == 'minmax':
+        return F.affine_from_range(low, high, spec.bits, spec.symmetric)
+    if method == 'percentile':
+        ranges = [quantile_range(samples, p) for p in PERCENTILES]
+        return _best_range(samples, spec, ranges)[2:]
+    if method != 'mse':
+        raise UsageError(
+            f"method={method!r} is not known; choose one of ['minmax', 'mse', 'percentile']")
+    low, high, *_ = _best_range(samples, spec, [(low * f, high * f) for f in SHRINKS])
+    steps = (1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.25)
+    low, high, *_ = _best_range(samples, spec, [(low * f, high) for f in steps])
+    return _best_range(samples, spec, [(low, high * f) for f in steps])[2:]
+
+
+def search_log_scale(samples, spec, steps_per_octave, minmax=None):
+    """Scale of a logarithmic quantizer by mean squared error, shape (groups,)."""
+    top = (minmax[1] if minmax is not None else samples.amax(1)).clamp(min=1e-8)
+    best_error = torch.full_like(top, torch.inf)
+    best = top
+    for step in range(33):  # down to a sixteenth of the largest value
+        scale = top * 2.0**(-step / 8)
+        column = scale[:, None]
+        codes = F.log_encode(samples, column, spec.bits, steps_per_octave, spec.zero_below)
+        values = F.log_decode(codes, column, spec.bits, steps_per_octave, spec.zero_below)
+        error = (values - samples).square().mean(1)
+        best = torch.where(error < best_error, scale, best)
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def quantile_range(samples, p):
+    """Lower and upper p-quantiles per group, of at most 2**23 values."""
+    groups, count = samples.shape
+    limit = max(2, _QUANTILE_LIMIT // groups)
+    if count > limit:
+        # whole numbers: float32 cannot tell positions above 2**24 apart
+        pick = torch.arange(limit, device=samples.device) * (count - 1) // (limit - 1)
+        samples = samples[:, pick]
+    low, high = torch.quantile(samples, samples.new_tensor([1 - p, p]), dim=1)
+    return low, high
+
+
+def refine_weight(weight, scale, zero_point, spec, inputs, groups=None):
+    """Rescale weights to the least error of the layer's *output*.
+
+    Args:
+        weight (Tensor): rows (rows, fan_in), see `QuantLayer.weight_rows`.
+        scale, zero_point (Tensor): (groups,) to start from.
+        inputs (Tensor): sampled inputs as they arrive, quantized: (n, fan_in).
+        groups (int | None): output channels where several rows share one scale.
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and zero point, (groups,).
+    """
+    groups = groups or weight.shape[0]
+    low, high = F.uniform_code_range(spec.bits, spec.symmetric)
+    grouped = weight.reshape(groups, -1)
+    gram = inputs.t() @ inputs if inputs.shape[0] > inputs.shape[1] else None
+    best = torch.full_like(scale, torch.inf)
+    best_scale, best_zero = scale, zero_point
+    for factor in WEIGHT_FACTORS:
+        new_scale = scale * factor
+        # keep the real value of the middle code where it was
+        middle = (low + high) / 2
+        new_zero = zero_point if spec.symmetric else (
+            middle - (middle - zero_point) / factor).round().clamp(low, high)
+        codes = F.uniform_encode(grouped, new_scale[:, None], new_zero[:, None], low, high)
+        error = F.uniform_decode(codes, new_scale[:, None], new_zero[:, None]) - grouped
+        error = error.reshape(weight.shape)
+        if gram is None:
+            cost = (error @ inputs.t()).square().sum(1)
+        else:
+            cost = ((error @ gram) * error).sum(1)
+        cost = cost.reshape(groups, -1).sum(1)
+        better = cost < best
+        best = torch.where(better, cost, best)
+        best_scale = torch.where(better, new_scale, best_scale)
+        best_zero = torch.where(better, new_zero, best_zero)
+    return best_scale, best_zero
+
+
+def refine_activation(inputs, weight, scale, zero_point, spec):
+    """Rescale a per-tensor input quantizer to the least error of the layer's *output*.
+
+    Args:
+        inputs (Tensor): sampled inputs (n, fan_in), float.
+        weight (Tensor): the weight in force (rows, fan_in).
+        scale, zero_point (Tensor): shape (1,) to start from.
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and zero point, (1,).
+    """
+    code_low, code_high = F.uniform_code_range(spec.bits, spec.symmetric)
+    low = (code_low - zero_point) * scale
+    high = (code_high - zero_point) * scale
+    if spec.symmetric:  # the range that `affine_from_range` turns back into this scale
+        low, high = low + 0.5 * scale, high + 0.5 * scale
+    for moves_low, moves_high in ((True, True), (True, False), (False, True)):
+        best, best_range = torch.inf, (low, high)
+        for factor in INPUT_FACTORS:
+            ends = (low * factor if moves_low else low, high * factor if moves_high else high)
+            s, z = F.affine_from_range(*ends, spec.bits, spec.symmetric)
+            codes = F.uniform_encode(inputs, s, z, code_low, code_high)
+            error = F.uniform_decode(codes, s, z) - inputs
+            cost = (error @ weight.t()).square().sum().item()
+            if cost < best:
+                best, best_range = cost, ends
+        low, high = best_range
+        if spec.symmetric:
+            break
+    return F.affine_from_range(low, high, spec.bits, spec.symmetric)
+
+
+def _best_range(samples, spec, ranges):
+    """Of candidate ranges [(low, high), ...] the one of least squared error, per group.
+
+    Returns:
+        tuple[Tensor]: low, high, scale, zero point, each (groups,).
+    """
+    code_low, code_high = F.uniform_code_range(spec.bits, spec.symmetric)
+    best = torch.full_like(samples[:, 0], torch.inf)
+    chosen = None
+    for low, high in ranges:
+        scale, zero_point = F.affine_from_range(low, high, spec.bits, spec.symmetric)
+        codes = F.uniform_encode(
+            samples, scale[:, None], zero_point[:, None], code_low, code_high)
+        values = F.uniform_decode(codes, scale[:, None], zero_point[:, None])
+        error = (values - samples).square().mean(1)
+        candidate = (low, high, scale, zero_point)
+        if chosen is None:
+            best, chosen = error, candidate
+            continue
+        better = error < best
+        best = torch.where(better, error, best)
+        chosen = tuple(torch.where(better, new, old) for new, old in zip(candidate, chosen))
+    return chosen

@@ -1,0 +1,41 @@
+"""`QuantizerSpec`: what a quantizer is, before it has seen any data."""
+from dataclasses import dataclass
+
+from ..errors import UsageError
+
+BITS = range(2, 9)
+GRANULARITIES = ('tensor', 'channel', 'head')
+
+
+def check_bits(bits, key='bits'):
+    """Return `bits`, or raise UsageError when it is not an integer from 2 to 8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
+        raise UsageError(f'{key}={bits!r} is out of range; choose an integer from 2 to 8')
+    return bits
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """Kind, width and granularity of a quantizer.
+
+    Args:
+        kind (str): a name of the QUANTIZERS table: 'uniform', 'log2', 'log_sqrt2'.
+        bits (int): 2 to 8.
+        symmetric (bool): uniform only; codes are signed and the zero point is 0.
+        granularity (str): 'tensor', 'channel' (one scale a channel) or 'head'
+            (one scale an attention head).
+        zero_below (bool): log quantizers only. True spends the last code on
+            exact zero; False saturates at the smallest power.
+    """
+
+    kind: str = 'uniform'
+    bits: int = 8
+    symmetric: bool = False
+    granularity: str = 'tensor'
+    zero_below: bool = True
+
+    def __post_init__(self):
+        check_bits(self.bits)
+        if self.granularity not in GRANULARITIES:
+            raise UsageError(
+                f'granularity={self.granularity!r} is not known; choose one of {GRANULARITIES}')

@@ -1,0 +1,32 @@
+"""The uniform affine quantizer."""
+import torch
+
+from ..registry import QUANTIZERS
+from . import functional as F
+from .base import Quantizer
+
+
+@QUANTIZERS.register_module(name='uniform')
+class UniformQuantizer(Quantizer):
+    """Uniform affine quantizer with an integer zero point: exactly 2**bits levels."""
+
+    @property
+    def code_range(self):
+        """Lowest and highest code."""
+        return F.uniform_code_range(self.spec.bits, self.spec.symmetric)
+
+    def fake_quantize(self, x):
+        return F.UniformFakeQuantize.apply(
+            x, self.spread(self.scale, x), self.spread(self.zero_point, x), *self.code_range)
+
+    @torch.no_grad()
+    def encode(self, x):
+        """Integer codes of `x`, as a float tensor."""
+        return F.uniform_encode(
+            x, self.spread(self.scale, x), self.spread(self.zero_point, x), *self.code_range)
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """Values of integer `codes`."""
+        return F.uniform_decode(
+            codes, self.spread(self.scale, codes), self.spread(self.zero_point, codes))

@@ -1,0 +1,166 @@
+"""Scale search: never worse than where it starts, and harmless on degenerate data."""
+import pytest
+import torch
+
+from pfcr_mm.errors import UsageError
+from pfcr_mm.quantizers import QuantizerSpec, search
+from pfcr_mm.quantizers import functional as F
+
+METHODS = ('minmax', 'percentile', 'mse')
+SYMMETRIC = pytest.mark.parametrize('symmetric', [False, True], ids=['affine', 'symmetric'])
+
+
+def quantize(x, scale, zero, spec):
+    if scale.dim():
+        scale, zero = scale.view(-1, *[1] * (x.dim() - 1)), zero.view(-1, *[1] * (x.dim() - 1))
+    codes = F.uniform_encode(x, scale, zero, *F.uniform_code_range(spec.bits, spec.symmetric))
+    return F.uniform_decode(codes, scale, zero)
+
+
+def heavy_tailed(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    return x * x.abs() + 0.2
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 6, 8])
+@SYMMETRIC
+def test_mse_is_no_worse_than_minmax(bits, symmetric):
+    spec = QuantizerSpec(bits=bits, symmetric=symmetric)
+    x = heavy_tailed(6, 2000)
+    errors = [(quantize(x, *search.search_range(x, spec, method), spec) - x).square().mean(1)
+              for method in ('mse', 'minmax')]
+    assert (errors[0] <= errors[1]).all()
+    if bits <= 4:
+        assert (errors[0] < 0.8 * errors[1]).all()  # tails must have been cut
+
+
+@pytest.mark.parametrize('method', METHODS)
+@SYMMETRIC
+def test_vectorised_equals_a_loop_over_channels(method, symmetric):
+    spec = QuantizerSpec(bits=4, symmetric=symmetric)
+    x = heavy_tailed(8, 500) * torch.logspace(-3, 2, 8)[:, None]
+    scale, zero = search.search_range(x, spec, method)
+    for i in range(8):
+        one_scale, one_zero = search.search_range(x[i:i + 1], spec, method)
+        torch.testing.assert_close(one_scale[0], scale[i])
+        assert one_zero[0] == zero[i]
+
+
+def test_log_search_equals_a_loop_over_heads():
+    x = torch.softmax(heavy_tailed(4, 300, 20) * 2, -1).flatten(1)
+    spec = QuantizerSpec(kind='log2', bits=3)
+    scales = search.search_log_scale(x, spec, 1)
+    assert torch.equal(scales, torch.cat([
+        search.search_log_scale(x[i:i + 1], spec, 1) for i in range(4)]))
+
+
+def test_log_search_is_no_worse_than_the_largest_value():
+    x = torch.softmax(heavy_tailed(4, 300, 49), -1).flatten(1)
+    spec = QuantizerSpec(kind='log_sqrt2', bits=3)
+
+    def error(scale):
+        codes = F.log_encode(x, scale[:, None], 3, 2, True)
+        return (F.log_decode(codes, scale[:, None], 3, 2, True) - x).square().mean(1)
+
+    assert (error(search.search_log_scale(x, spec, 2)) < error(x.amax(1))).all()
+
+
+@pytest.mark.parametrize('method', METHODS)
+@SYMMETRIC
+@pytest.mark.parametrize('value', [0.0, 3.0, -0.02])
+def test_constant_channel(method, symmetric, value):
+    spec = QuantizerSpec(bits=4, symmetric=symmetric)
+    x = torch.stack([torch.full((100, ), value), torch.linspace(-1, 1, 100)])
+    scale, zero = search.search_range(x, spec, method)
+    assert torch.isfinite(scale).all() and (scale > 0).all()
+    assert torch.equal(zero, zero.round())
+    # relative to the value half a step of 4 bits is the most that may be lost
+    assert (quantize(x, scale, zero, spec)[0] - value).abs().max() <= abs(value) / 15 + 1e-7
+
+
+def test_all_zero_log_channel():
+    scale = search.search_log_scale(torch.zeros(2, 10), QuantizerSpec(kind='log2', bits=4), 1)
+    assert (scale > 0).all() and torch.isfinite(scale).all()
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_zero_points_are_integer_codes(method):
+    spec = QuantizerSpec(bits=3)
+    x = heavy_tailed(20, 300) + torch.linspace(-9, 9, 20)[:, None]
+    zero = search.search_range(x, spec, method)[1]
+    assert torch.equal(zero, zero.round()) and zero.min() >= 0 and zero.max() <= 7
+
+
+def test_true_extremes_are_used():
+    x, spec = torch.linspace(-1, 1, 50)[None], QuantizerSpec(bits=4)
+    scale, _ = search.search_range(x, spec, 'minmax', (torch.tensor([-10.]), torch.tensor([5.])))
+    assert scale.item() == pytest.approx(1)
+
+
+def test_unknown_method():
+    with pytest.raises(UsageError, match="method='best'"):
+        search.search_range(torch.rand(1, 9), QuantizerSpec(), 'best')
+
+
+def test_quantile_by_hand():
+    low, high = search.quantile_range(torch.arange(101.).expand(2, -1), 0.9)
+    assert low.tolist() == pytest.approx([10, 10]) and high.tolist() == pytest.approx([90, 90])
+
+
+def test_quantile_of_more_than_16_million_values():
+    x = torch.arange(2**24 + 16, dtype=torch.float32)[None]
+    with pytest.raises(RuntimeError, match='too large'):
+        torch.quantile(x, 0.5)
+    low, high = search.quantile_range(x, 0.99)
+    assert low.item() / 2**24 == pytest.approx(0.01, abs=1e-3)
+    assert high.item() / 2**24 == pytest.approx(0.99, abs=1e-3)
+
+
+@SYMMETRIC
+@pytest.mark.parametrize('bits', [2, 4, 8])
+@pytest.mark.parametrize('samples', [20, 400], ids=['few-rows', 'many-rows'])
+@pytest.mark.parametrize('start', ['minmax', 'mse'])
+def test_refine_weight_is_no_worse_on_the_output(symmetric, bits, samples, start):
+    spec = QuantizerSpec(bits=bits, symmetric=symmetric)
+    weight, inputs = heavy_tailed(12, 40), heavy_tailed(samples, 40, seed=1)
+    before = search.search_range(weight, spec, start)
+    after = search.refine_weight(weight, *before, spec, inputs)
+
+    def cost(scales):
+        error = quantize(weight, *scales, spec) - weight
+        return (inputs @ error.t()).square().sum(0)
+
+    assert (cost(after) <= cost(before) * (1 + 1e-4)).all()
+    assert cost(after).sum() < cost(before).sum()
+
+
+def test_refine_weight_with_several_rows_a_channel():
+    """A transposed convolution has one row a kernel tap, and one scale a channel."""
+    spec = QuantizerSpec(bits=3)
+    weight, inputs = heavy_tailed(6 * 4, 10), heavy_tailed(300, 10, seed=1)
+    before = search.search_range(weight.view(6, 40), spec, 'minmax')
+    after = search.refine_weight(weight, *before, spec, inputs, groups=6)
+    assert after[0].shape == (6, )
+
+    def cost(scales):
+        error = (quantize(weight.view(6, 40), *scales, spec).view(24, 10) - weight)
+        return (inputs @ error.t()).square().sum(0).view(6, 4).sum(1)
+
+    assert (cost(after) <= cost(before) * (1 + 1e-4)).all()
+
+
+@SYMMETRIC
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('start', ['minmax', 'mse', 'percentile'])
+@pytest.mark.parametrize('seed', range(3))
+def test_refine_activation_is_no_worse_on_the_output(symmetric, bits, start, seed):
+    spec = QuantizerSpec(bits=bits, symmetric=symmetric)
+    inputs, weight = heavy_tailed(200, 16, seed=seed), heavy_tailed(8, 16, seed=seed + 9)
+    before = search.search_range(inputs.view(1, -1), spec, start)
+    after = search.refine_activation(inputs, weight, *before, spec)
+
+    def cost(scales):
+        return ((quantize(inputs, *(s[0] for s in scales), spec) - inputs) @ weight.t()).square()
+
+    assert cost(after).sum() <= cost(before).sum() * (1 + 1e-4)
