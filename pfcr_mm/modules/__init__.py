@@ -1,0 +1,10 @@
+"""Quantized modules: what replaces a Linear, a convolution or a matmul. Torch only."""
+from .base import QuantLayer, quantizers_of, set_quantization
+from .conv import QuantConv2d, QuantConvTranspose2d
+from .linear import QuantLinear
+from .matmul import QuantMatmul
+
+__all__ = [
+    'QuantConv2d', 'QuantConvTranspose2d', 'QuantLayer', 'QuantLinear', 'QuantMatmul',
+    'quantizers_of', 'set_quantization'
+]

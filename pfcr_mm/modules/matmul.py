@@ -1,0 +1,27 @@
+"""Quantized matrix product of two activations, as attention has them."""
+from torch import nn
+
+from ..quantizers import build_quantizer
+
+
+class QuantMatmul(nn.Module):
+    """left @ right with a quantizer on each operand.
+
+    Args:
+        left, right (QuantizerSpec): per-tensor or per-head specs.
+        heads (int): number of heads.
+        axis (int): axis of the heads in both operands, e.g. 1 for (B, heads, N, C).
+    """
+
+    def __init__(self, left, right, heads, axis=1):
+        super().__init__()
+        self.left_quantizer = self._build(left, heads, axis)
+        self.right_quantizer = self._build(right, heads, axis)
+
+    @staticmethod
+    def _build(spec, heads, axis):
+        per_head = spec.granularity == 'head'
+        return build_quantizer(spec, heads if per_head else 1, axis if per_head else None)
+
+    def forward(self, left, right):
+        return self.left_quantizer(left) @ self.right_quantizer(right)
