@@ -1,0 +1,12 @@
+"""What knows mmdet: conversion, chains, reparameterisation, the manifest."""
+from . import heads, swin  # noqa: F401  fill the tables
+from .chain import Chain, Leaf, State
+from .convert import QuantConfig, convert
+from .detector import QuantDetector, part_chains
+from .manifest import build_manifest
+from .reparam import reparameterise
+
+__all__ = [
+    'Chain', 'Leaf', 'QuantConfig', 'QuantDetector', 'State', 'build_manifest', 'convert',
+    'part_chains', 'reparameterise'
+]

@@ -1,0 +1,71 @@
+"""Chains: the ordered leaves of one part of a detector.
+
+A coarse reconstruction unit is a slice of a chain, so this is all the method
+needs to know of an architecture.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+
+class State(NamedTuple):
+    """What flows between two leaves.
+
+    Args:
+        tensors (tuple[Tensor]): batch first.
+        meta (Any): hashable facts that travel along, such as (H, W) of a token map.
+    """
+
+    tensors: tuple
+    meta: Any = None
+
+
+@dataclass
+class Leaf:
+    """The finest reconstruction unit.
+
+    Args:
+        name (str): full name within the chain, as `named_modules` would say it.
+        forward (Callable): State -> (State, tuple of side outputs).
+        modules (list[nn.Module]): the modules whose parameters the leaf owns.
+        block (int | None): number of the block it belongs to, counted over the chain.
+        stage (int | None): number of the stage it belongs to.
+        letter (str): kind in traversal strings: E(mbedding), A(ttention), M(LP),
+            D(ownsampling), N(orm), else L.
+    """
+
+    name: str
+    forward: Callable
+    modules: tuple[nn.Module, ...] = field(repr=False, default=())
+    block: int | None = None
+    stage: int | None = None
+    letter: str = 'L'
+
+
+@dataclass
+class Chain:
+    """The leaves of one part.
+
+    Args:
+        name (str): 'backbone', 'neck', 'rpn_head', 'bbox_head', 'mask_head'.
+        leaves (list[Leaf]): in order of execution.
+        channel_axis (int): axis of the channels in state tensors and side outputs.
+    """
+
+    name: str
+    leaves: list
+    channel_axis: int
+
+    def run(self, state, start=0, stop=None):
+        """Run leaves [start, stop).
+
+        Returns:
+            tuple[State, tuple]: the last state, and the side outputs of all leaves run.
+        """
+        side = ()
+        for leaf in self.leaves[start:stop]:
+            state, outputs = leaf.forward(state)
+            side += outputs
+        return state, side

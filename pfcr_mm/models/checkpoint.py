@@ -1,0 +1,253 @@
+"""Checkpoints: safe reading, float and quantized loading, packed saving."""
+import hashlib
+import os
+import re
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
+
+from ..errors import UsageError
+from ..modules import QuantLayer
+from .manifest import FORMAT, build_manifest
+
+ASSETS = Path(__file__).parents[1] / 'assets'
+_ASSET_SCHEME = 'pfcr_mm://'
+
+def _history_method(owner, name):
+    """Stands in for `getattr` while unpickling: only HistoryBuffer's own methods."""
+    if owner is not HistoryBuffer or name not in ('mean', 'min', 'max', 'current'):
+        raise ValueError(f'a checkpoint may not look up {name!r}')
+    return getattr(owner, name)
+
+
+# What MMEngine's own training checkpoints hold besides tensors: plain numbers.
+_HARMLESS = [
+    HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype,
+    np._core.multiarray._reconstruct, np._core.multiarray.scalar,
+    *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64'))
+]
+# Keys of `quant` that say, beside the bits, what a layer's codes and scales mean.
+_MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'matmul_granularity')
+# Buffers that the model computes by itself.
+DERIVED = re.compile(r'.*\.relative_position_index$')
+
+
+def read_checkpoint(path, allow_pickle=False):
+    """Read a checkpoint without executing what it may carry.
+
+    Args:
+        path (str): a file, an http(s) URL, or 'pfcr_mm://NAME' for a file
+            that ships with this package.
+        allow_pickle (bool): True runs arbitrary pickled code; only for own files.
+
+    Returns:
+        dict: with a 'state_dict'.
+
+    Raises:
+        UsageError: missing, damaged, or in need of pickle.
+    """
+    if str(path).startswith(_ASSET_SCHEME):
+        path = str(ASSETS / str(path)[len(_ASSET_SCHEME):])
+    allow = nullcontext() if allow_pickle else torch.serialization.safe_globals(_HARMLESS)
+    try:
+        with allow:
+            if re.match(r'https?://', str(path)):
+                local = _download(path)
+            else:
+                local = os.path.expanduser(path)
+            if not os.path.isfile(local):
+                raise UsageError(f'checkpoint {path} is not there; give the path of a .pth file')
+            checkpoint = torch.load(local, map_location='cpu', weights_only=not allow_pickle)
+    except UsageError:
+        raise
+    except Exception as error:  # the unpickler raises all kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if 'Weights only load failed' in str(error) and 'GLOBAL' in str(error):
+            raise UsageError(
+                f'checkpoint {path} holds Python objects besides tensors; if you trust it, '
+                'add --allow-pickle (allow_pickle=True in the config)') from None
+        raise UsageError(f'checkpoint {path} cannot be read (damaged or cut off?): {reason}') \
+            from None
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f'checkpoint {path} holds no state dict')
+    if not isinstance(checkpoint.get('state_dict'), dict):
+        if not checkpoint or not all(torch.is_tensor(v) for v in checkpoint.values()):
+            raise UsageError(f'checkpoint {path} holds no state dict')
+        checkpoint = dict(meta={}, state_dict=checkpoint)
+    return checkpoint
+
+
+def manifest_of(checkpoint):
+    """The manifest of a quantized checkpoint, or None for a float one."""
+    manifest = (checkpoint.get('meta') or {}).get('pfcr_mm')
+    if manifest is not None and manifest.get('format') != FORMAT:
+        raise UsageError(
+            f"checkpoint format {manifest.get('format')!r} is not {FORMAT!r}; "
+            'it was written by another version of pfcr_mm')
+    return manifest
+
+
+def load_float(detector, checkpoint, path):
+    """Load float weights into a quantized detector; every float weight must be there.
+
+    Raises:
+        UsageError: the file is quantized already, or of another architecture.
+    """
+    if manifest_of(checkpoint) is not None:
+        raise UsageError(
+            f'checkpoint {path} is quantized already; give the float checkpoint it came from')
+    state = {re.sub(r'^module\.', '', k): v for k, v in checkpoint['state_dict'].items()}
+    own = detector.state_dict()
+    created = _created_keys(detector)
+    missing = [k for k in own if k not in state and k not in created and not DERIVED.match(k)]
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
+    parts = dict(detector.named_children())
+    extra = [k for k in state
+             if k not in own and k.endswith('.weight') and k.partition('.')[0] in parts]
+    if missing or wrong or extra:
+        if missing:
+            what = f'lacks {len(missing)} weights, such as {missing[0]!r}'
+        elif wrong:
+            what = (f'has {wrong[0]!r} as {tuple(state[wrong[0]].shape)} where the config makes '
+                    f'{tuple(own[wrong[0]].shape)}')
+        else:
+            what = f'has weights that the config does not make, such as {extra[0]!r}'
+        raise UsageError(f'checkpoint {path} is for another architecture: it {what}')
+    detector.wants_float = True
+    detector.load_state_dict(state, strict=False)
+    detector.wants_float = False
+
+
+def load_quantized(detector, checkpoint, path):
+    """Load a quantized checkpoint into a detector built from the same `quant` config.
+
+    Raises:
+        UsageError: the file is float, or was quantized otherwise.
+    """
+    manifest = manifest_of(checkpoint)
+    if manifest is None:
+        raise UsageError(
+            f'checkpoint {path} holds float weights; quantize it first with tools/quant.py')
+    check_manifest(detector, manifest, path)
+    state = checkpoint['state_dict']
+    missing = [k for k in detector.state_dict()
+               if k not in state and f'{k}_packed' not in state and not DERIVED.match(k)]
+    if missing:
+        raise UsageError(f'checkpoint {path} is damaged: it lacks {missing[0]!r}')
+    try:
+        load_state_dict(detector, checkpoint['state_dict'], strict=False, logger='silent')
+    except UsageError as error:
+        raise UsageError(f'checkpoint {path} is for another architecture: {error}') from None
+
+
+def check_manifest(detector, manifest, path='the checkpoint'):
+    """Raise UsageError unless `detector` has the layers, bits and quantizers of the manifest."""
+    own = detector.quant_config.as_dict()
+    for key in _MEANING:
+        if manifest['quant'].get(key) != own[key]:
+            raise UsageError(
+                f"{path} has quant.{key}={manifest['quant'].get(key)!r}, the config says "
+                f'{own[key]!r}; use the config it was quantized with')
+    saved = {layer['name']: layer for layer in manifest['layers']}
+    built = {layer['name']: layer for layer in build_manifest(detector)['layers']}
+    for name in {**saved, **built}:
+        if name not in saved or name not in built:
+            raise UsageError(
+                f'{path} is for another architecture: layer {name!r} is only in the '
+                f"{'checkpoint' if name in saved else 'config'}")
+        for key in ('weight_bits', 'activation_bits'):
+            if saved[name][key] != built[name][key]:
+                raise UsageError(
+                    f'{path} has {key}={saved[name][key]} for {name}, the config says '
+                    f'{built[name][key]}; use the config it was quantized with')
+
+
+def save_quantized(detector, path, meta):
+    """Write `path`: weights as packed integers, scales, float remainder, manifest.
+
+    All tensors of one type share one storage, so that the file is as small as its
+    numbers. Written to a temporary file, synced, then renamed.
+
+    Args:
+        detector (nn.Module): hardened.
+        path (str | Path): where to.
+        meta (dict): plain data that goes in beside the manifest.
+
+    Returns:
+        int: size in bytes.
+    """
+    state = {k: v for k, v in detector.state_dict().items() if not DERIVED.match(k)}
+    for name, module in detector.named_modules():
+        if isinstance(module, QuantLayer) and module.hardened:
+            state[f'{name}.weight_packed'] = module.packed_weight()
+            del state[f'{name}.weight']
+    # zero points are integers from 0 to 255
+    state = {k: v.to(torch.uint8) if k.endswith('.zero_point') else v for k, v in state.items()}
+    meta = dict(meta, pfcr_mm=build_manifest(detector))
+    return save_atomically(dict(meta=meta, state_dict=_share_storage(state)), path)
+
+
+def save_atomically(content, path):
+    """`torch.save` to a temporary file, synced, then renamed to `path`."""
+    path = Path(path)
+    handle, partial = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    return path.stat().st_size
+
+
+def _share_storage(state):
+    """The same tensors as views of one flat tensor a dtype."""
+    flat, views = {}, {}
+    for dtype in {v.dtype for v in state.values()}:
+        keys = [k for k, v in state.items() if v.dtype == dtype]
+        flat[dtype] = torch.cat([state[k].detach().cpu().flatten() for k in keys])
+        offset = 0
+        for key in keys:
+            size = state[key].numel()
+            views[key] = flat[dtype][offset:offset + size].view(state[key].shape)
+            offset += size
+    return {key: views[key] for key in state}
+
+
+def _created_keys(detector):
+    """State that conversion adds and a float checkpoint cannot have."""
+    created = {n for n, _ in detector.named_buffers() if n.endswith('.pad_value')}
+    created |= detector.created_biases
+    created |= {n for n, _ in detector.named_parameters() if '_quantizer.' in n}
+    return created | {n for n, _ in detector.named_buffers() if '_quantizer.' in n}
+
+
+def _download(url):
+    """Fetch a URL into torch's hub cache (once) and return the file."""
+    from torch.hub import download_url_to_file, get_dir
+    folder = Path(get_dir()) / 'checkpoints'
+    # names like epoch_12.pth are no names: tell URLs apart
+    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{url.rpartition('/')[2]}"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            download_url_to_file(url, str(target))
+        except OSError as error:
+            raise UsageError(
+                f'checkpoint {url} cannot be downloaded ({error}); fetch it by other means and '
+                'give its path as CHECKPOINT') from None
+    return str(target)
+
+
+@CheckpointLoader.register_scheme(prefixes=_ASSET_SCHEME)
+def _load_asset(filename, map_location=None, **_):
+    return read_checkpoint(filename)
