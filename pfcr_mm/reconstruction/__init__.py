@@ -1,0 +1,13 @@
+"""The method: units, schedule, calibration, optimisation, POS."""
+from . import losses  # noqa: F401  fill the table
+from .calibrate import calibrate, observe
+from .optimize import UnitConfig, UnitRecord
+from .pfcr import ChainReconstructor, harden
+from .pos import POSConfig, Stage
+from .schedule import build_schedule, traversal_string
+from .units import LEVELS, Unit, units_of
+
+__all__ = [
+    'ChainReconstructor', 'LEVELS', 'POSConfig', 'Stage', 'Unit', 'UnitConfig', 'UnitRecord',
+    'build_schedule', 'calibrate', 'harden', 'observe', 'traversal_string', 'units_of'
+]

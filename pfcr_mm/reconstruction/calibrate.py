@@ -1,0 +1,231 @@
+"""Calibration: first scales and zero points, from float activations of training images.
+
+Statistics are gathered over every call of a layer (all images, all FPN levels, all
+RoIs) before any scale is set; large tensors are sub-sampled.
+"""
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import UsageError
+from ..modules import QuantLayer, QuantMatmul, quantizers_of, set_quantization
+from ..quantizers import Log2Quantizer, search
+
+METHODS = ('minmax', 'percentile', 'mse', 'output')
+_VALUES = 2**18  # values of a tensor that a scale search looks at
+
+
+@dataclass
+class Reservoir:
+    """A uniform random sample of rows out of a stream of unknown length.
+
+    Every row draws a key; the rows with the smallest keys stay (so all rows seen
+    have the same chance; a call offers a quarter of the limit at most). Also keeps
+    the extremes of everything seen.
+    """
+
+    limit: int
+    generator: torch.Generator
+    rows: torch.Tensor = None
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    low: torch.Tensor = None
+    high: torch.Tensor = None
+
+    def add(self, rows, low, high):
+        """Offer rows (n, width); `low` and `high` are extremes per group or scalar."""
+        rows = rows.detach().float().cpu()
+        low, high = low.detach().float().cpu(), high.detach().float().cpu()
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator)])
+        rows = rows if self.rows is None else torch.cat([self.rows, rows])
+        if len(keys) > self.limit:
+            self.keys, pick = torch.topk(keys, self.limit, largest=False)
+            self.rows = rows[pick]
+        else:
+            self.keys, self.rows = keys, rows
+
+
+class Observer:
+    """Gathers what calibration needs to know of each layer's and matmul's inputs.
+
+    Use as a context manager around float forward passes; handles are removed on exit.
+
+    Args:
+        model (nn.Module): a quantized model; quantizers are switched off.
+        rows (int): rows kept a layer.
+        seed (int): seed of the sampling.
+    """
+
+    def __init__(self, model, rows=4096, seed=0):
+        self.model = model
+        self.limit = rows
+        self.generator = torch.Generator().manual_seed(seed)
+        self.layers = {}  # layer name -> Reservoir of input rows (n, fan_in)
+        self.operands = {}  # quantizer name -> Reservoir of rows (n, groups)
+
+    def __enter__(self):
+        set_quantization(self.model, False, False)
+        self._handles = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantLayer):
+                self.layers[name] = Reservoir(self.limit, self.generator)
+                self._handles.append(
+                    module.register_forward_pre_hook(self._see_layer(self.layers[name])))
+            elif isinstance(module, QuantMatmul):
+                for side in ('left_quantizer', 'right_quantizer'):
+                    key = f'{name}.{side}'
+                    self.operands[key] = Reservoir(self.limit, self.generator)
+                    self._handles.append(getattr(module, side).register_forward_pre_hook(
+                        self._see_operand(self.operands[key])))
+        return self
+
+    def __exit__(self, *_):
+        for handle in self._handles:
+            handle.remove()
+
+    def _see_layer(self, reservoir):
+
+        def hook(layer, args):
+            x = args[0]
+            if x.numel() == 0:
+                return
+            rows = layer.input_rows(x, self.generator, self.limit // 4)
+            if layer.input_quantizer.axis is None:
+                low, high = x.amin().view(1), x.amax().view(1)
+            else:
+                flat = x.reshape(-1, x.shape[-1])
+                low, high = flat.amin(0), flat.amax(0)
+            reservoir.add(rows, low, high)
+
+        return hook
+
+    def _see_operand(self, reservoir):
+
+        def hook(quantizer, args):
+            x = args[0]
+            if x.numel() == 0:
+                return
+            valid = getattr(quantizer, 'valid_rows', None)
+            if valid is not None:  # rows of padded queries say nothing about the image
+                windows = x.view(-1, len(valid), *x.shape[1:])  # (B, windows, heads, N, N)
+                x = windows.transpose(2, 3)[:, valid].transpose(1, 2)  # (B, heads, rows, N)
+            if quantizer.axis is None:
+                grouped = x.reshape(1, -1)
+            else:
+                grouped = x.movedim(quantizer.axis, 0).flatten(1)
+            pick = torch.randint(
+                grouped.shape[1], (min(self.limit, grouped.shape[1]), ),
+                generator=self.generator).to(x.device)
+            rows = grouped[:, pick].t()
+            if isinstance(quantizer, Log2Quantizer):
+                rows = rows[rows.amin(1) > 1e-12]  # masked attention is exactly zero
+            reservoir.add(rows, grouped.amin(1), grouped.amax(1))
+
+        return hook
+
+
+@contextmanager
+def observe(model, rows=4096, seed=0):
+    """`with observe(model) as seen:` run float forward passes, then calibrate from `seen`."""
+    with Observer(model, rows, seed) as observer, torch.no_grad():
+        yield observer
+
+
+@torch.no_grad()
+def calibrate(model, seen, method='output', rounds=2, activations=True):
+    """Set the scales of all quantizers of `model` from what an `Observer` saw.
+
+    'output' starts from 'mse' and then, alternating, rescales weights and inputs
+    to the least error of each layer's output on the sampled rows.
+
+    Args:
+        model (nn.Module): quantized model.
+        seen (Observer): filled by float forward passes.
+        method (str): 'minmax', 'percentile', 'mse' or 'output'.
+        rounds (int): alternations of 'output'.
+        activations (bool): False keeps activation scales that are set already and
+            calibrates weights alone.
+
+    Returns:
+        list[str]: layers that no data reached; they stay float on their input side.
+    """
+    if method not in METHODS:
+        raise UsageError(f'calibration.method={method!r} is not known; choose one of {METHODS}')
+    start = 'mse' if method == 'output' else method
+    unreached = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLayer):
+            reservoir = seen.layers[name]
+            _start_weight(module, start)
+            if reservoir.rows is None:
+                unreached.append(name)
+                continue
+            if activations or not module.input_quantizer.calibrated:
+                _start_input(module.input_quantizer, reservoir, start)
+            if method == 'output':
+                for _ in range(rounds):
+                    _refine(module, reservoir.rows, activations)
+    if activations:
+        unreached += _calibrate_operands(model, seen, start)
+    return unreached
+
+
+def _start_weight(layer, method):
+    quantizer = layer.weight_quantizer
+    rows = layer.weight.movedim(layer.weight_axis, 0).flatten(1)
+    quantizer.set_scale(*search.search_range(rows, quantizer.spec, method))
+
+
+def _start_input(quantizer, reservoir, method):
+    if quantizer.axis is None:
+        step = -(-reservoir.rows.numel() // _VALUES)  # whole rows: every column is seen
+        samples = reservoir.rows[::step].reshape(1, -1)
+    else:
+        samples = reservoir.rows.t()
+    scale, zero_point = search.search_range(
+        samples, quantizer.spec, method, (reservoir.low, reservoir.high))
+    quantizer.set_scale(*(v.to(quantizer.log_scale) for v in (scale, zero_point)))
+
+
+def _refine(layer, rows, activations):
+    """One round: the weight under the quantized input, the input under the quantized weight."""
+    matrix = layer.weight_rows()
+    if matrix is None:
+        return
+    quantizer, inputs = layer.weight_quantizer, layer.input_quantizer
+    rows = rows.to(matrix)
+    quantized = inputs.fake_quantize(rows)
+    quantizer.set_scale(*search.refine_weight(
+        matrix, quantizer.scale, quantizer.zero_point, quantizer.spec, quantized,
+        quantizer.log_scale.numel()))
+    if activations and inputs.axis is None:
+        weight = quantizer.decode(quantizer.encode(layer.weight))
+        kept = layer.weight.data
+        layer.weight.data = weight
+        matrix = layer.weight_rows()
+        layer.weight.data = kept
+        inputs.set_scale(*search.refine_activation(
+            rows[:1024], matrix, inputs.scale, inputs.zero_point, inputs.spec))
+
+
+def _calibrate_operands(model, seen, method):
+    unreached = []
+    for name, quantizer in quantizers_of(model):
+        if name not in seen.operands:
+            continue
+        reservoir = seen.operands[name]
+        if reservoir.rows is None or len(reservoir.rows) == 0:
+            unreached.append(name)
+            continue
+        samples, extremes = reservoir.rows.t(), (reservoir.low, reservoir.high)
+        if isinstance(quantizer, Log2Quantizer):
+            scale = search.search_log_scale(
+                samples, quantizer.spec, quantizer.steps_per_octave, extremes)
+            zero_point = None
+        else:
+            scale, zero_point = search.search_range(samples, quantizer.spec, method, extremes)
+            zero_point = zero_point.to(quantizer.log_scale)
+        quantizer.set_scale(scale.to(quantizer.log_scale), zero_point)
+    return unreached

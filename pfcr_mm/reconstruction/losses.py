@@ -1,0 +1,64 @@
+"""Reconstruction losses: how far a unit's output is from its float target."""
+import torch
+
+from ..registry import RECONSTRUCTION_LOSSES
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='mse')
+class MSELoss:
+    """Mean squared error over all elements, divided by the target's mean square.
+
+    Built once a unit from its targets; called with a batch.
+
+    Args:
+        targets (list[tuple[Tensor]]): the unit's targets, one tuple an entry.
+        channel_axis (int): axis of the channels.
+    """
+
+    def __init__(self, targets, channel_axis):
+        self.channel_axis = channel_axis
+        self.weights = [self._weight([t[k] for t in targets]) for k in range(len(targets[0]))]
+
+    def _weight(self, tensors):
+        energy = sum(t.float().square().sum() for t in tensors)
+        return 1.0 / (energy / max(1, sum(t.numel() for t in tensors))).clamp(min=1e-12)
+
+    def __call__(self, outputs, targets):
+        """Mean over the output tensors, each with equal weight."""
+        losses = []
+        for output, target, weight in zip(outputs, targets, self.weights):
+            if output.numel():
+                losses.append(((output - target).square() * self._spread(weight, output)).mean())
+        return torch.stack(losses).mean()
+
+    def _spread(self, weight, x):
+        return weight.to(x.device)
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='channel_mse')
+class ChannelMSELoss(MSELoss):
+    """Mean squared error, each channel divided by its target's variance.
+
+    A transformer's residual stream carries a few channels of huge magnitude: plain
+    MSE is their error and little else. A channel's variance counts as no less than
+    `floor` of the mean variance, so that dead channels do not take over instead.
+    """
+
+    floor = 0.01
+
+    def _weight(self, tensors):
+        count = total = square = 0
+        for t in tensors:
+            rows = t.float().movedim(self.channel_axis, 0).flatten(1).double()
+            count += rows.shape[1]
+            total = total + rows.sum(1)
+            square = square + rows.square().sum(1)
+        variance = (square - total**2 / max(1, count)) / max(1, count)
+        variance = variance.clamp(min=0)
+        variance = torch.maximum(variance, self.floor * variance.mean()).clamp(min=1e-12)
+        return (1.0 / variance).float()
+
+    def _spread(self, weight, x):
+        shape = [1] * x.dim()
+        shape[self.channel_axis] = -1
+        return weight.to(x.device).view(shape)

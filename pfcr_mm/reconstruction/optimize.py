@@ -1,0 +1,278 @@
+"""Reconstruct one unit: make its quantized output match its float output."""
+import math
+import time
+from dataclasses import dataclass, fields
+
+import torch
+
+from ..errors import UsageError
+from ..modules import QuantLayer, quantizers_of
+from ..registry import RECONSTRUCTION_LOSSES, lookup
+from .capture import split
+
+
+@dataclass
+class UnitConfig:
+    """How units of one level are optimised.
+
+    Args:
+        iters (int): optimisation steps.
+        batch_size (int): images a step.
+        weight_lr (float): Adam rate of latent weights.
+        adaround_lr (float): Adam rate of AdaRound variables.
+        scale_lr (float): rate of activation scales, relative to the scale.
+        weight_scale_lr (float): rate of weight scales, relative; 0 keeps them.
+        bias_lr (float): rate of biases.
+        norm_lr (float): rate of LayerNorm weights and biases; 0 keeps them.
+        input_mix (float): share of input elements from the quantized prefix; the
+            rest is float (QDrop). 1 is the pure quantized prefix.
+        keep_prob (float): share of activations quantized inside the unit (QDrop).
+        loss (str): a name of the RECONSTRUCTION_LOSSES table.
+        clip_grad (float): bound on the gradient norm of the weights; 0 is none.
+    """
+
+    iters: int = 200
+    batch_size: int = 8
+    weight_lr: float = 5e-4
+    adaround_lr: float = 1e-2
+    scale_lr: float = 5e-3
+    weight_scale_lr: float = 1e-3
+    bias_lr: float = 5e-4
+    norm_lr: float = 0.0
+    input_mix: float = 1.0
+    keep_prob: float = 1.0
+    loss: str = 'channel_mse'
+    clip_grad: float = 0.0
+
+    def __post_init__(self):
+        for name, least in (('iters', 1), ('batch_size', 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f'{name}={value!r} is not an integer of {least} or more')
+        for name in ('weight_lr', 'adaround_lr', 'scale_lr', 'weight_scale_lr', 'bias_lr',
+                     'norm_lr', 'clip_grad'):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value < 0:
+                raise UsageError(f'{name}={value!r} is not a number of 0 or more')
+        for name in ('input_mix', 'keep_prob'):
+            if not 0 < getattr(self, name) <= 1:
+                raise UsageError(f'{name}={getattr(self, name)!r} is not above 0 and at most 1')
+
+    @classmethod
+    def build(cls, base, level, key='reconstruction'):
+        """From a base dict and the per-level overrides in base['per_level']."""
+        known = [f.name for f in fields(cls)]
+        merged = {k: v for k, v in base.items() if k != 'per_level'}
+        merged.update(base.get('per_level', {}).get(level, {}))
+        for name in merged:
+            if name not in known:
+                raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
+        lookup(RECONSTRUCTION_LOSSES, merged.get('loss', cls.loss), f'{key}.loss')
+        return cls(**merged)
+
+
+@dataclass
+class UnitRecord:
+    """What came of one unit; a line of `report.json`."""
+
+    name: str
+    chain: str
+    level: str
+    pos_stage: int
+    loss_before: float
+    loss_after: float
+    accepted: bool
+    iters: int
+    seconds: float
+    peak_memory_mb: float = 0.0
+
+
+def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, learn_weights,
+                held_out, generator, device, on_step=None):
+    """Learn rounding, scales and biases of a unit; undo it where the held-out loss rose.
+
+    Args:
+        chain (Chain): of the quantized model.
+        unit (Unit): leaves [start, stop) of the chain.
+        quantized_inputs (Stream): the unit's input from the quantized prefix.
+        float_inputs (Stream): the same from the float model.
+        targets (list[tuple[Tensor]]): the float model's outputs, one entry an image.
+        config (UnitConfig): rates and iterations.
+        learn_weights (str): 'rounding' as the layers' rounding says, or 'float' for
+            plain float weights (first stage of POS).
+        held_out (int): images kept for accepting.
+        generator (torch.Generator): draws batches.
+        device (torch.device): where to compute.
+        on_step (callable | None): called with (step, loss).
+
+    Returns:
+        dict: loss_before, loss_after (what learning reached, also where it was undone),
+        accepted, seconds.
+    """
+    began = time.time()
+    learn_on, accept_on = split(quantized_inputs, held_out)
+    loss_of = lookup(RECONSTRUCTION_LOSSES, config.loss, 'loss')(targets, chain.channel_axis)
+    modules = unit_modules(chain, unit)
+
+    def evaluate():
+        return _held_out_loss(chain, unit, quantized_inputs, targets, accept_on, loss_of,
+                              config.batch_size, device)
+
+    before = evaluate()
+    saved = snapshot(modules)
+    learned = LearnedParameters(modules, config, learn_weights)
+    buckets = [[i for i in bucket if i in set(learn_on)] for bucket in quantized_inputs.buckets()]
+    buckets = [b for b in buckets if b]
+    weights = torch.tensor([float(len(b)) for b in buckets])
+    with learned:
+        for step in range(config.iters):
+            if not learned.parameters:
+                break
+            progress = step / config.iters
+            learned.set_progress(progress)
+            bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
+            order = torch.randperm(len(bucket), generator=generator)[:config.batch_size]
+            pick = [bucket[i] for i in order.tolist()]
+            state = quantized_inputs.batch(pick, device)
+            if config.input_mix < 1.0:
+                state = _mix(state, float_inputs.batch(pick, device), config.input_mix)
+            target = _collate(targets, pick, device)
+            output, side = chain.run(state, unit.start, unit.stop)
+            loss = loss_of(output.tensors + side, target)
+            total = loss + sum(layer.rounding.regularisation(progress) for layer in learned.open)
+            learned.step(total)
+            if on_step is not None:
+                on_step(step, loss)
+    after = evaluate()
+    accepted = math.isfinite(after) and after < before
+    if not accepted:
+        restore(modules, saved)
+    return dict(
+        loss_before=before, loss_after=after, accepted=accepted, seconds=time.time() - began)
+
+
+class LearnedParameters:
+    """The parameters a unit learns, with their optimiser, as a context manager.
+
+    On entry roundings are opened and gradients enabled, on exit all is closed again.
+    """
+
+    def __init__(self, modules, config, learn_weights):
+        self.modules = modules
+        self.config = config
+        self.learn_weights = learn_weights
+        self.open = []  # layers with an open rounding
+
+    def __enter__(self):
+        config, groups = self.config, {}
+
+        def add(parameter, lr):
+            if lr > 0:
+                groups.setdefault(lr, []).append(parameter)
+
+        self.clipped = []
+        for layer in (m for root in self.modules for m in root.modules()):
+            if isinstance(layer, QuantLayer):
+                if self.learn_weights == 'float' or layer.rounding.learns_weight:
+                    add(layer.weight, config.weight_lr)
+                    self.clipped.append(layer.weight)
+                if self.learn_weights != 'float' and layer.weight_quantizer.enabled:
+                    own = layer.rounding.open(layer.weight, layer.weight_quantizer)
+                    if own:
+                        self.open.append(layer)
+                    for parameter in own:
+                        add(parameter, config.adaround_lr)
+                    if not own:  # AdaRound's up or down holds for one scale only
+                        add(layer.weight_quantizer.log_scale, config.weight_scale_lr)
+                if layer.bias is not None:
+                    add(layer.bias, config.bias_lr)
+            elif isinstance(layer, torch.nn.LayerNorm):
+                add(layer.weight, config.norm_lr)
+                add(layer.bias, config.norm_lr)
+        self.activations = []
+        for root in self.modules:
+            for name, quantizer in quantizers_of(root):
+                if name.rpartition('.')[2] != 'weight_quantizer' and quantizer.enabled:
+                    add(quantizer.log_scale, config.scale_lr)
+                    self.activations.append(quantizer)
+        for quantizer in self.activations:
+            quantizer.keep_prob = config.keep_prob
+        self.parameters = [p for group in groups.values() for p in group]
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        if self.parameters:
+            self.optimizer = torch.optim.Adam(
+                [dict(params=params, lr=lr, base_lr=lr) for lr, params in groups.items()])
+        return self
+
+    def set_progress(self, progress):
+        """Cosine decay of all rates to zero."""
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group['lr'] = group['base_lr'] * factor
+
+    def step(self, loss):
+        """One step of the optimiser."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.config.clip_grad > 0 and self.clipped:
+            torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
+        self.optimizer.step()
+
+    def __exit__(self, *_):
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for quantizer in self.activations:
+            quantizer.keep_prob = 1.0
+        for layer in self.open:
+            layer.rounding.close()
+
+
+def unit_modules(chain, unit):
+    """The modules whose parameters the unit owns."""
+    return [m for leaf in chain.leaves[unit.start:unit.stop] for m in leaf.modules]
+
+
+def snapshot(modules):
+    """Copies of all parameters below `modules`, roundings' own included."""
+    return [{n: p.detach().clone() for n, p in m.named_parameters()} for m in modules]
+
+
+@torch.no_grad()
+def restore(modules, saved):
+    """Undo to a snapshot; variables a rounding made since then are dropped."""
+    for module, values in zip(modules, saved):
+        for name, parameter in list(module.named_parameters()):
+            if name in values:
+                parameter.copy_(values[name])
+            else:
+                owner, _, leaf = name.rpartition('.')
+                setattr(module.get_submodule(owner), leaf, None)
+
+
+@torch.no_grad()
+def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, device):
+    total = 0.0
+    wanted = set(indices)
+    for bucket in inputs.buckets():
+        bucket = [i for i in bucket if i in wanted]
+        for k in range(0, len(bucket), batch_size):
+            pick = bucket[k:k + batch_size]
+            state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
+            loss = loss_of(state.tensors + side, _collate(targets, pick, device))
+            total += float(loss) * len(pick)
+    return total / max(1, len(indices))
+
+
+def _collate(targets, pick, device):
+    return tuple(
+        torch.cat(parts).to(device, torch.float32) for parts in zip(*(targets[i] for i in pick)))
+
+
+def _mix(quantized, floating, share):
+    """QDrop: each input element from the quantized prefix with probability `share`."""
+    tensors = tuple(
+        torch.where(torch.rand_like(q) < share, q, f)
+        for q, f in zip(quantized.tensors, floating.tensors))
+    return quantized._replace(tensors=tensors)

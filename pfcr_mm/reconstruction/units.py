@@ -1,0 +1,114 @@
+"""Units: contiguous runs of leaves of a chain, from one leaf to the whole chain."""
+from dataclasses import dataclass
+from itertools import groupby
+
+from ..errors import UsageError
+from ..modules import quantizers_of
+
+# Fine to coarse. 'backbone' is the whole chain, also under its plain name 'chain'.
+LEVELS = ('leaf', 'block', 'pair', 'quad', 'stage', 'backbone', 'chain')
+_LETTERS = dict(block='B', pair='P', quad='Q', stage='S', backbone='ALL', chain='ALL')
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Leaves [start, stop) of a chain.
+
+    Args:
+        name (str): full names of the first and last leaf's common part.
+        chain (str): name of the chain.
+        level (str): one of LEVELS.
+        label (str): short name in traversal strings, such as 'B3'.
+    """
+
+    name: str
+    chain: str
+    level: str
+    label: str
+    start: int
+    stop: int
+
+
+def check_levels(levels, key):
+    """Return the levels fine to coarse, or raise UsageError for an unknown one."""
+    for level in levels:
+        if level not in LEVELS:
+            raise UsageError(f'{key} has {level!r}, which is no level; choose of {LEVELS}')
+    return sorted(set(levels), key=LEVELS.index)
+
+
+def units_of(chain, level):
+    """All units of one level.
+
+    Units of a single leaf are left to the level 'leaf', and leaves with nothing to
+    quantize are no units of their own.
+
+    Args:
+        chain (Chain): leaves in order.
+        level (str): one of LEVELS.
+
+    Returns:
+        list[Unit]: in order; empty where the chain has no such level.
+    """
+    slices = _slices(chain.leaves, level)
+    units, counts = [], {}
+    for start, stop in slices:
+        if level == 'leaf':
+            letter = chain.leaves[start].letter
+        else:
+            letter = _LETTERS[level]
+        counts[letter] = counts.get(letter, 0) + 1
+        if not any(has_quantizers(leaf) for leaf in chain.leaves[start:stop]):
+            continue
+        label = letter if letter == 'ALL' else f'{letter}{counts[letter]}'
+        units.append(Unit(_name(chain, level, start, stop), chain.name, level, label, start, stop))
+    return units
+
+
+def has_quantizers(leaf):
+    """Whether any quantizer lives below the leaf."""
+    return any(True for module in leaf.modules for _ in quantizers_of(module))
+
+
+def _slices(leaves, level):
+    if level == 'leaf':
+        return [(i, i + 1) for i in range(len(leaves))]
+    if level in ('backbone', 'chain'):
+        return [(0, len(leaves))] if len(leaves) > 1 else []
+    if level == 'stage':
+        runs = _runs(leaves, lambda leaf: leaf.stage)
+        return [(start, stop) for start, stop in runs if stop - start > 1]
+    blocks = _runs(leaves, lambda leaf: leaf.block)
+    size = dict(block=1, pair=2, quad=4)[level]
+    slices = []
+    for _, group in groupby(blocks, key=lambda run: leaves[run[0]].stage):
+        group = list(group)
+        for i in range(0, len(group), size):
+            members = group[i:i + size]
+            # an odd block out is a unit of a finer level already
+            if size == 1 or len(members) > size // 2:
+                slices.append((members[0][0], members[-1][1]))
+    return slices
+
+
+def _runs(leaves, key):
+    """[start, stop) of neighbouring leaves with the same key, None left out."""
+    runs = []
+    for value, group in groupby(range(len(leaves)), key=lambda i: key(leaves[i])):
+        group = list(group)
+        if value is not None:
+            runs.append((group[0], group[-1] + 1))
+    return runs
+
+
+def _name(chain, level, start, stop):
+    first, last = chain.leaves[start].name, chain.leaves[stop - 1].name
+    if level in ('backbone', 'chain'):
+        return chain.name
+    if level == 'leaf':
+        return f'{chain.name}.{first}'
+    if level == 'stage':
+        return f'{chain.name}.stages.{chain.leaves[start].stage}'
+    first, last = first.rpartition('.')[0], last.rpartition('.')[0]
+    return f'{chain.name}.{first}' if level == 'block' else (
+        f"{chain.name}.{first}-{last.rpartition('.')[2]}")
