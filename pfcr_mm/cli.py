@@ -1,0 +1,194 @@
+"""The command lines of tools/quant.py and tools/test.py.
+
+They live in the package so that an installed wheel has them too
+(`python -m pfcr_mm.cli quant CONFIG`).
+"""
+import argparse
+import json
+import os
+import re
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+
+from .errors import UsageError
+from .registry import RUNNERS
+
+
+def quant_main(argv=None):
+    """tools/quant.py. Returns the exit code: 0, or 2 for a mistake of the user's."""
+    parser = _parser('Quantize a detector with PFCR and measure box and mask AP.', 'quant.py')
+    parser.add_argument('checkpoint', nargs='?', help='float checkpoint (default: load_from)')
+    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    args = parser.parse_args(argv)
+
+    def run():
+        runner = _build_runner(args, calibrates=True)
+        if args.dry_run:
+            from .engine.hooks.progress import plan_lines
+            loop = runner.build_quantize_loop()
+            loop.prepare()
+            print('\n'.join(plan_lines(loop)))
+        else:
+            with _damage_told(runner.cfg):
+                runner.quantize()
+
+    return _guarded('quant.py', run)
+
+
+def test_main(argv=None):
+    """tools/test.py. Returns the exit code: 0, or 2 for a mistake of the user's."""
+    parser = _parser('Test a quantized checkpoint.', 'test.py')
+    parser.add_argument('checkpoint', help='checkpoint written by tools/quant.py')
+    args = parser.parse_args(argv)
+
+    def run():
+        runner = _build_runner(args, calibrates=False)
+        from .engine.data import check_images
+        with _damage_told(runner.cfg):
+            try:
+                metrics = runner.test()
+            except UsageError:
+                raise
+            except Exception:
+                check_images(runner.test_dataloader.dataset)
+                raise
+        for key in ('bbox_mAP', 'segm_mAP'):
+            value = next((v for k, v in metrics.items() if k.endswith(f'/{key}')), None)
+            if value is not None:
+                print(f'{key}: {value:.4f}')
+
+    return _guarded('test.py', run)
+
+
+class _Overrides(DictAction):
+    """MMEngine's KEY=VALUE action; a word without '=' is an error of the command line."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                raise argparse.ArgumentError(self, f'{value!r} is not KEY=VALUE')
+            if 'dict(' in value:
+                raise argparse.ArgumentError(
+                    self, f"{value!r}: write KEY.SUBKEY=VALUE; dict(...) belongs in a config")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _parser(description, program):
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='where to write (default: work_dirs/CONFIG)')
+    parser.add_argument('--cfg-options', nargs='+', action=_Overrides, metavar='KEY=VALUE',
+                        help='overrides of the config')
+    parser.add_argument('--allow-pickle', action='store_true',
+                        help='let the checkpoint run pickled code; only for your own files')
+    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
+                        help='job launcher')
+    return parser
+
+
+def _build_runner(args, calibrates):
+    if not os.path.isfile(args.config) and '::' not in args.config:
+        raise UsageError(f'config {args.config} is not there; see configs/')
+    try:
+        cfg = Config.fromfile(args.config)
+    except Exception as error:  # a config is Python: it raises what it likes
+        raise UsageError(
+            f'config {args.config} cannot be read: {type(error).__name__}: {error}') from None
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except (TypeError, KeyError, IndexError) as error:
+        raise UsageError(f'--cfg-options does not fit the config: {error}') from None
+    cfg.launcher = args.launcher
+    if args.launcher != 'none':
+        raise UsageError(f'--launcher {args.launcher} is not supported yet; use one process')
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join(
+        'work_dirs', Path(args.config).stem)
+    if args.checkpoint:
+        cfg.load_from = args.checkpoint
+    if args.allow_pickle:
+        cfg.allow_pickle = True
+    model_type = cfg.get('model', {}).get('type')
+    if str(model_type) != 'pfcr_mm.QuantDetector':
+        raise UsageError(
+            f"config {args.config}: model.type is {model_type!r}, not "
+            "'pfcr_mm.QuantDetector'; see README, 'Your own detector'")
+    for key in ('arch', 'quant'):
+        if cfg.model.get(key) is None:
+            raise UsageError(f"config {args.config}: model.{key} is missing; see README, "
+                             "'Your own detector'")
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    _check_data(cfg, calibrates)
+    try:
+        os.makedirs(cfg.work_dir, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f'work dir {cfg.work_dir} cannot be made: {error.strerror}') from None
+    from .engine import QuantRunner
+    runner_type = RUNNERS.get(cfg.get('runner_type', 'pfcr_mm.QuantRunner'))
+    if runner_type is None or not issubclass(runner_type, QuantRunner):
+        raise UsageError(
+            f"runner_type={cfg.runner_type!r} cannot quantize; use 'pfcr_mm.QuantRunner'")
+    return runner_type.from_cfg(cfg)
+
+
+def _check_data(cfg, calibrates):
+    """Missing annotations end before a log or a folder is written."""
+    from .engine.data import calibration_dataset_cfg, check_dataset
+    if cfg.get('test_dataloader') is None:
+        raise UsageError('the config has no test_dataloader, which AP is measured on')
+    check_dataset(cfg.test_dataloader.dataset, 'test_dataloader')
+    own = cfg.get('quantize_cfg', {}).get('calibration', {}).get('dataset')
+    if calibrates and not own and cfg.get('train_dataloader') is not None:
+        check_dataset(calibration_dataset_cfg(cfg), 'train_dataloader')
+
+
+@contextmanager
+def _damage_told(cfg):
+    """Name the annotation file where one turns out to be no JSON."""
+    try:
+        yield
+    except json.JSONDecodeError:
+        from .engine.data import calibration_dataset_cfg
+        datasets = [cfg.test_dataloader.dataset]
+        if cfg.get('train_dataloader') is not None:
+            datasets.append(calibration_dataset_cfg(cfg))
+        for dataset in datasets:
+            path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+            try:
+                json.loads(path.read_text())
+            except json.JSONDecodeError as error:
+                raise UsageError(f'annotation file {path} is damaged: {error}') from None
+            except OSError:
+                continue
+        raise
+
+
+def _guarded(program, run):
+    # mmdet's import says so on stderr, and we use pycocotools
+    warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+    try:
+        run()
+    except UsageError as error:
+        return _refuse(program, error)
+    except KeyError as error:  # a misspelt `type` anywhere in the config
+        if not re.search(r'is not in the \S+ registry', str(error)):
+            raise
+        return _refuse(program, str(error.args[0]).partition(' Please check')[0])
+    return 0
+
+
+def _refuse(program, message):
+    print(f'{program}: error: {" ".join(str(message).split())}', file=sys.stderr)
+    return 2
+
+
+if __name__ == '__main__':
+    tools = dict(quant=quant_main, test=test_main)
+    if len(sys.argv) < 2 or sys.argv[1] not in tools:
+        print('usage: python -m pfcr_mm.cli {quant,test} ...', file=sys.stderr)
+        sys.exit(2)
+    sys.exit(tools[sys.argv[1]](sys.argv[2:]))

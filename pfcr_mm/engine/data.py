@@ -1,0 +1,101 @@
+"""Calibration images: from the training split, through the test pipeline."""
+import copy
+from pathlib import Path
+
+import cv2
+import torch
+from mmengine.dataset import pseudo_collate
+
+from ..errors import UsageError
+from ..registry import DATASETS
+
+
+def calibration_images(cfg, model, count, seed, dataset=None):
+    """Draw and preprocess calibration images.
+
+    Args:
+        cfg (Config): with `train_dataloader` and `test_dataloader`.
+        model (nn.Module): its data preprocessor normalises and pads.
+        count (int): how many images; fewer where the split is smaller.
+        seed (int): draws them.
+        dataset (dict | None): a dataset config of the user's own.
+
+    Returns:
+        list[tuple[Tensor, list]]: inputs (1, 3, H, W) and data samples, an image each.
+    """
+    dataset_cfg = dataset or calibration_dataset_cfg(cfg)
+    check_dataset(dataset_cfg, 'calibration')
+    try:
+        dataset = DATASETS.build(dataset_cfg)
+    except ValueError as error:  # MMEngine cannot serialise an empty list of images
+        if 'need at least one array to concatenate' not in str(error):
+            raise
+        dataset = ()
+    if len(dataset) == 0 or count <= 0:
+        raise UsageError(
+            'the calibration set is empty: quantize_cfg.calibration.images is '
+            f'{count}, the training split has {len(dataset)} images')
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    images = []
+    for index in order[:count].tolist():
+        sample = load_sample(dataset, index)
+        data = model.data_preprocessor(pseudo_collate([sample]), False)
+        images.append((data['inputs'].cpu(), data['data_samples']))
+    return images
+
+
+def calibration_dataset_cfg(cfg):
+    """The training dataset with the test pipeline and without ground-truth filters."""
+    if cfg.get('train_dataloader') is None:
+        raise UsageError('the config has no train_dataloader, which calibration images come from')
+    train = cfg.train_dataloader.dataset
+    while 'dataset' in train:  # RepeatDataset, MultiImageMixDataset, ...
+        train = train.dataset
+    test = cfg.test_dataloader.dataset
+    while 'dataset' in test:
+        test = test.dataset
+    train = copy.deepcopy(train)
+    train.pipeline = copy.deepcopy(test.pipeline)
+    train.test_mode = True
+    train.pop('filter_cfg', None)
+    return train
+
+
+def load_sample(dataset, index):
+    """`dataset[index]`, with an unreadable image told by its path."""
+    try:
+        return dataset[index]
+    except Exception:
+        path = dataset.get_data_info(index).get('img_path', '')
+        _check_image(path)
+        raise
+
+
+def check_dataset(dataset_cfg, role):
+    """Raise UsageError where the annotation file of a dataset config is missing."""
+    ann_file = dataset_cfg.get('ann_file')
+    if not ann_file or '://' in str(ann_file):
+        return
+    path = Path(ann_file)
+    if not path.is_absolute():
+        path = Path(dataset_cfg.get('data_root') or '.') / path
+    if not path.exists():
+        raise UsageError(
+            f'{role}: annotation file {path} is missing; COCO belongs in data/coco/ '
+            '(annotations/, train2017/, val2017/), other data where data_root says. '
+            'The configs in configs/demo/ need no data')
+
+
+def check_images(dataset):
+    """Raise UsageError for the first image of a dataset that is missing or unreadable."""
+    for index in range(len(dataset)):
+        _check_image(dataset.get_data_info(index).get('img_path', ''))
+
+
+def _check_image(path):
+    if not path or '://' in path:
+        return
+    if not Path(path).exists():
+        raise UsageError(f'image {path} is missing')
+    if cv2.imread(path) is None:
+        raise UsageError(f'image {path} cannot be read as an image')

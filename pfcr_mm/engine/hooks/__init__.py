@@ -1,0 +1,10 @@
+"""Hooks of the quantization loop; each listens to the loop's own stages."""
+from .expected import ExpectedMetricsHook
+from .guard import ManifestGuardHook
+from .progress import ProgressHook
+from .report import ReportHook
+from .unit_log import UnitLogHook
+
+__all__ = [
+    'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'UnitLogHook'
+]

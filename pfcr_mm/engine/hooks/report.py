@@ -1,0 +1,152 @@
+"""`report.json` and `report.md` in the work dir."""
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from mmengine.hooks import Hook
+
+from ...models.manifest import build_manifest
+from ...registry import HOOKS
+from ..loops import CHECKPOINT, peak_memory_mb
+
+_STATES = (('float', 'float'), ('calibrated', 'calibrated only'), ('quantized', 'PFCR'))
+
+
+@HOOKS.register_module()
+class ReportHook(Hook):
+    """Writes the report and prints its table."""
+
+    priority = 'LOW'
+
+    def after_quantize(self, runner):
+        """Collect, write, print."""
+        report = build_report(runner)
+        folder = Path(runner.work_dir)
+        text = json.dumps(finite(report), indent=1, allow_nan=False)
+        write_text(folder / 'report.json', text + '\n')
+        write_text(folder / 'report.md', markdown(report))
+        runner.logger.info('\n'.join(['Result', *table(report)]))
+        runner.logger.info(f'Wrote {folder / CHECKPOINT}, report.json and report.md')
+
+
+def build_report(runner):
+    """The contents of `report.json`.
+
+    Args:
+        runner (QuantRunner): after its loop has run.
+
+    Returns:
+        dict: plain data; AP from 0 to 1, sizes in MB (10**6 bytes), times in seconds.
+    """
+    loop = runner.quantize_loop
+    model, quant = runner.model, runner.model.quant_config
+    layers = build_manifest(model)['layers']
+    return dict(
+        model=type(model).__name__,
+        bits=dict(weight=quant.weight_bits, activation=quant.activation_bits),
+        **{state: loop.metrics.get(state) for state, _ in _STATES},
+        size_mb=dict(float=float_size_bytes(model) / 1e6, quantized=loop.size_bytes / 1e6),
+        seconds=loop.seconds,
+        peak_memory_mb=peak_memory_mb(),
+        calibration=dict(
+            images=len(loop.images),
+            split='own dataset' if loop.calibration['dataset'] else 'train'),
+        seed=loop.seed,
+        pos=loop.pos.mode,
+        phases=loop.phases,
+        notes=loop.notes,
+        parts_without_chain=loop.without_chain,
+        metrics=loop.all_metrics,
+        units=[asdict(record) for record in loop.records],
+        layers=layers)
+
+
+def float_size_bytes(model):
+    """Bytes of the model's parameters and norm statistics in float32, quantizers left out."""
+    names = ('_quantizer.', 'relative_position_index', 'pad_value')
+    return 4 * sum(
+        value.numel() for key, value in model.state_dict().items()
+        if not any(name in key for name in names))
+
+
+def table(report):
+    """The result as lines of a Markdown table.
+
+    Args:
+        report (dict): see `build_report`.
+
+    Returns:
+        list[str]: one row a state: box AP, mask AP (in percent), size.
+    """
+    bits = report['bits']
+    rows = [('', 'box AP', 'mask AP', 'size (MB)')]
+    for state, label in _STATES:
+        metrics = report.get(state)
+        if not metrics:
+            continue
+        if state != 'float':
+            label = f"W{bits['weight']}A{bits['activation']} {label}"
+        size = report['size_mb']['float' if state == 'float' else 'quantized']
+        rows.append((label, *(_percent(metrics, key, report.get('float'), state)
+                              for key in ('bbox_mAP', 'segm_mAP')), f'{size:.2f}'))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |'
+             for row in rows]
+    lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
+    return lines
+
+
+def markdown(report):
+    """The contents of `report.md`."""
+    lines = [
+        f"# {report['model']}, W{report['bits']['weight']}A{report['bits']['activation']}", '',
+        f"Calibrated on {report['calibration']['images']} images of the "
+        f"{report['calibration']['split']} split, POS {report['pos']}, seed {report['seed']}, "
+        f"{report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MB. "
+        'AP in percent; in brackets the share of the float AP.', '', *table(report), ''
+    ]
+    if report['notes']:
+        lines += ['## Notes', '', *(f'- {note}' for note in report['notes']), '']
+    lines += ['## Phases', '', '| phase | seconds |', '|---|---|']
+    lines += [f"| {name} | {phase['seconds']:.1f} |" for name, phase in report['phases'].items()]
+    lines += ['', '## Units', '',
+              '| stage | level | unit | loss before | loss after | |', '|---|---|---|---|---|---|']
+    for unit in report['units']:
+        verdict = 'accepted' if unit['accepted'] else 'restored'
+        lines.append(f"| {unit['pos_stage']} | {unit['level']} | {unit['name']} | "
+                     f"{unit['loss_before']:.5f} | {unit['loss_after']:.5f} | {verdict} |")
+    lines += ['', '## Layers', '', '| layer | kind | weight bits | input bits | skipped |',
+              '|---|---|---|---|---|']
+    for layer in report['layers']:
+        lines.append(f"| {layer['name']} | {layer['kind']} | {layer['weight_bits'] or ''} | "
+                     f"{layer['activation_bits'] or ''} | {layer['skipped_reason'] or ''} |")
+    return '\n'.join(lines) + '\n'
+
+
+def finite(value):
+    """The same data with None for numbers that JSON does not have (a diverged loss)."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_text(path, text):
+    """Write a file through a temporary one, so that it is never half-written."""
+    partial = path.with_name(f'.{path.name}.tmp')
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _percent(metrics, key, reference, state):
+    if key not in metrics:
+        return '-'
+    text = f'{100 * metrics[key]:.1f}'
+    if state != 'float' and reference and reference.get(key):
+        text += f' ({100 * metrics[key] / reference[key]:.1f}%)'
+    return text

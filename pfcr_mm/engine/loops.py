@@ -1,0 +1,368 @@
+"""`PFCRLoop`: float detector in, quantized detector out.
+
+config -> calibrate -> [POS stage 1 -> reparameterise -> POS stage 2] over the
+schedule -> heads -> harden -> evaluate -> save.
+"""
+import copy
+import io
+import resource
+import sys
+import time
+from contextlib import redirect_stdout
+from fnmatch import fnmatchcase
+
+import torch
+from mmengine.runner import BaseLoop
+
+from ..errors import UsageError
+from ..models import part_chains, reparameterise
+from ..models.checkpoint import save_quantized
+from ..models.reparam import make_channelwise
+from ..modules import QuantLayer, set_quantization
+from ..reconstruction import (
+    ChainReconstructor,
+    POSConfig,
+    UnitConfig,
+    build_schedule,
+    calibrate,
+    harden,
+    observe,
+    roi,
+)
+from ..reconstruction.calibrate import METHODS
+from ..reconstruction.units import check_levels
+from ..registry import LOOPS
+from .data import calibration_images, check_dataset, check_images
+
+CHECKPOINT = 'quantized.pth'
+_CALIBRATION = dict(
+    images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
+    dataset=None)
+
+
+@LOOPS.register_module()
+class PFCRLoop(BaseLoop):
+    """Progressive Fine-to-Coarse Reconstruction of a detector, part by part.
+
+    Hooks are called at `before_quantize`, `after_calibrate`, `before_unit`,
+    `unit_step`, `after_unit`, `after_quantize`.
+
+    Args:
+        runner (QuantRunner): the runner.
+        calibration (dict): images, held_out (of these, for accepting units),
+            search_images (of these, for scales), method, rounds, rows, dataset.
+        levels (list[str]): units of the backbone, see `LEVELS`; [] only calibrates.
+        head_levels (list[str]): units of neck and heads; [] leaves them calibrated.
+        traversal (str): 'post_order' or 'level_order'.
+        parts (list[str]): patterns of parts to reconstruct.
+        pos (dict): see `POSConfig`.
+        reconstruction (dict): `UnitConfig` fields, and `per_level` overrides.
+        head_reconstruction (dict): overrides of `reconstruction` for neck and heads.
+        rois (dict): RoIs an image for the box heads (`proposals`) and the mask
+            heads (`detections`).
+        cache_dtype (str | None): storage type of cached activations, such as 'float16'.
+        evaluate (dict): whether to measure the `float` and the `calibrated` model.
+        expected (dict | None): float metrics that the checkpoint is known for.
+    """
+
+    def __init__(self, runner, calibration=None, levels=('leaf', 'block', 'pair', 'stage',
+                                                         'backbone'),
+                 head_levels=('leaf', 'chain'), traversal='post_order', parts=('*', ), pos=None,
+                 reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
+                 evaluate=None, expected=None):
+        self._runner = runner
+        self.calibration = _known(_CALIBRATION, calibration, 'calibration')
+        if self.calibration['method'] not in METHODS:
+            raise UsageError(
+                f"quantize_cfg.calibration.method={self.calibration['method']!r} is not known; "
+                f'choose one of {METHODS}')
+        for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
+                           ('rows', 4)):
+            value = self.calibration[key]
+            if not isinstance(value, int) or value < least:
+                raise UsageError(
+                    f'quantize_cfg.calibration.{key}={value!r} is not an integer of {least} or '
+                    'more')
+        self.levels = check_levels(levels, 'quantize_cfg.levels')
+        self.head_levels = check_levels(head_levels, 'quantize_cfg.head_levels')
+        self.traversal = traversal
+        self.parts = [parts] if isinstance(parts, str) else list(parts)
+        try:
+            self.pos = POSConfig(**(pos or {}))
+        except TypeError as error:
+            raise UsageError(f'quantize_cfg.pos: {error}') from None
+        self.reconstruction = dict(reconstruction or {})
+        self.head_reconstruction = _merge(self.reconstruction, head_reconstruction or {})
+        for base in (self.reconstruction, self.head_reconstruction):
+            for level in ['leaf', *base.get('per_level', {})]:
+                UnitConfig.build(base, level, 'quantize_cfg.reconstruction')
+            check_levels(base.get('per_level', {}), 'quantize_cfg.reconstruction.per_level')
+        self.rois = _known(dict(proposals=64, detections=16), rois, 'rois')
+        self.cache_dtype = getattr(torch, cache_dtype, cache_dtype) if cache_dtype else None
+        if self.cache_dtype is not None and not isinstance(self.cache_dtype, torch.dtype):
+            raise UsageError(
+                f"quantize_cfg.cache_dtype={cache_dtype!r} is not known; choose 'float16', "
+                "'bfloat16', 'float32' or None")
+        self.evaluations = _known(dict(float=True, calibrated=True), evaluate, 'evaluate')
+        self.expected = expected
+        self.records, self.notes = [], []
+        self.metrics, self.all_metrics, self.phases = {}, {}, {}
+        self._boxes = None
+
+    @property
+    def model(self):
+        """The detector being quantized."""
+        return self.runner.model
+
+    @property
+    def seed(self):
+        return self.runner.seed or 0
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    # --- the whole job -------------------------------------------------------
+
+    def run(self):
+        """Quantize the runner's model.
+
+        Returns:
+            dict: metrics by state ('float', 'calibrated', 'quantized').
+        """
+        began = time.time()
+        self.prepare()
+        self.runner.call_hook('before_quantize')
+        if self.evaluations['float']:
+            self.measure('float', self.model)
+
+        with self._phase('calibrate'):
+            self.calibrate()
+        if self.evaluations['calibrated']:
+            calibrated = copy.deepcopy(self.model)
+            self.enter_final_stage(calibrated)
+            self.measure('calibrated', calibrated)
+            del calibrated
+        self.runner.call_hook('after_calibrate')
+
+        for stage in self.pos.stages(self.levels or self.head_levels):
+            with self._phase(f'stage {stage.number}'):
+                self.run_stage(stage)
+
+        self.enter_final_stage(self.model)
+        harden(self.model)
+        self.size_bytes = save_quantized(
+            self.model, f'{self.runner.work_dir}/{CHECKPOINT}', self._meta())
+        self.measure('quantized', self.model)
+        self.seconds = time.time() - began
+        self.runner.call_hook('after_quantize')
+        return self.metrics
+
+    def prepare(self):
+        """Everything that can fail for a mistake in config or data, before any work."""
+        check_dataset(self.runner.cfg.test_dataloader.dataset, 'test_dataloader')
+        self.model.eval()  # no DropPath, no dropout, in any phase
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        set_quantization(self.model, False, False)
+        self.chains, self.without_chain = part_chains(self.model)
+        self.images = calibration_images(
+            self.runner.cfg, self.model, self.calibration['images'], self.seed,
+            self.calibration['dataset'])
+        known = [*self.chains, *self.without_chain]
+        for key, patterns in (('parts', self.parts), ('pos.stage1_parts', self.pos.stage1_parts)):
+            for pattern in patterns:
+                if not any(fnmatchcase(part, pattern) for part in known):
+                    raise UsageError(
+                        f'quantize_cfg.{key}: {pattern!r} matches no part; choose of {known}')
+        self.held_out = min(self.calibration['held_out'], len(self.images) // 4)
+        self.teacher = copy.deepcopy(self.model)
+        self.teacher_chains, _ = part_chains(self.teacher)
+        self.schedules = {}
+        for stage in self.pos.stages(self.levels or self.head_levels):
+            self.schedules[stage.number] = self._schedules(stage)
+            if self.levels and not any(self.schedules[stage.number].values()):
+                self.note(f'POS stage {stage.number} has no units: its levels {stage.levels} are '
+                          f'not in quantize_cfg.levels {self.levels}')
+
+    def plan(self):
+        """Units by (POS stage, part), in order: what `run` is going to do."""
+        return {(number, part): units
+                for number, schedules in self.schedules.items()
+                for part, units in schedules.items()}
+
+    # --- phases --------------------------------------------------------------
+
+    def calibrate(self):
+        """First scales of everything, post-norm activations channel-wise."""
+        if self.model.quant_config.reparam:
+            make_channelwise(self.model)
+        self._search_scales(self.model, activations=True)
+
+    def enter_final_stage(self, model):
+        """Reparameterise, and calibrate the weights that have no valid scales (idempotent)."""
+        if reparameterise(model) or not _weights_calibrated(model):
+            self._search_scales(model, activations=False)
+        set_quantization(model, True, True)
+
+    def run_stage(self, stage):
+        """One stage of POS over all its parts."""
+        if stage.final:
+            self.enter_final_stage(self.model)
+        set_quantization(self.model, stage.quantize_weights, True)
+        for part, schedule in self.schedules[stage.number].items():
+            if schedule:
+                self.reconstruct_part(part, schedule, stage)
+        if not stage.quantize_weights:  # the scales in force were those of other weights
+            for layer in self.model.modules():
+                if isinstance(layer, QuantLayer):
+                    layer.weight_quantizer.calibrated = False
+
+    def reconstruct_part(self, part, schedule, stage):
+        """PFCR on one chain, its input taken behind everything quantized before it."""
+        quantized, floating = self._streams(part)
+        if len(quantized) == 0:
+            self.note(f'{part}: no calibration image has a box for it; left as calibrated')
+            return
+        base = self.reconstruction if part == 'backbone' else self.head_reconstruction
+        reconstructor = ChainReconstructor(
+            self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
+            self.held_out, self.seed, self.cache_dtype)
+        reconstructor.run(
+            schedule, lambda level: UnitConfig.build(base, level), stage,
+            on_unit_start=lambda unit: self.runner.call_hook('before_unit', unit=unit),
+            on_unit_end=self._end_unit,
+            on_step=lambda step, loss: self.runner.call_hook('unit_step', step=step, loss=loss))
+
+    def measure(self, state, model):
+        """Test `model` on the test split; AP goes to metrics[state]."""
+        with self._phase(f'evaluate {state}'):
+            current, self.runner.model = self.runner.model, model
+            try:
+                loop = self.runner.build_test_loop(self.runner._test_loop)
+                self.runner._test_loop = loop
+                with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
+                    result = loop.run()
+            except UsageError:
+                raise
+            except Exception:
+                check_images(self.runner.test_dataloader.dataset)
+                raise
+            finally:
+                self.runner.model = current
+        self.metrics[state] = {
+            key.rpartition('/')[2]: value for key, value in result.items()
+            if key.rpartition('/')[2] in ('bbox_mAP', 'segm_mAP')
+        }
+        self.all_metrics[state] = result
+
+    # --- helpers -------------------------------------------------------------
+
+    def note(self, text):
+        """Say something that belongs into log and report."""
+        self.notes.append(text)
+        self.runner.logger.warning(text)
+
+    def _search_scales(self, model, activations):
+        options = self.calibration
+        with observe(model, options['rows'], self.seed) as seen:
+            for inputs, samples in self.images[:options['search_images']]:
+                model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
+        unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
+        for name in unreached if activations else ():
+            self.note(f'{name}: no calibration data reached it; its input stays float')
+
+    def _schedules(self, stage):
+        levels = [lv for lv in stage.levels if lv in self.levels]
+        schedules = {}
+        for part, chain in self.chains.items():
+            wanted = all(any(fnmatchcase(part, p) for p in patterns)
+                         for patterns in (self.parts, stage.parts))
+            part_levels = levels if part == 'backbone' else self.head_levels
+            schedules[part] = build_schedule(
+                chain, part_levels, self.traversal, 'quantize_cfg.levels') if wanted else []
+        return schedules
+
+    def _streams(self, part):
+        """(quantized, float) streams into a part."""
+        models = (self.model, self.teacher)
+        if part == 'backbone':
+            stream = roi.image_stream(self.images)
+            return stream, stream
+        if part == 'neck':
+            return [roi.backbone_stream(m, self.images, self.cache_dtype) for m in models]
+        if part == 'rpn_head':
+            return [roi.feature_stream(m, self.images, self.cache_dtype) for m in models]
+        if self._boxes is None:
+            generator = torch.Generator().manual_seed(self.seed)
+            proposals, detections = roi.float_boxes(
+                self.teacher, self.images, self.rois['proposals'], self.rois['detections'],
+                generator)
+            self._boxes = {'roi_head.bbox_head': proposals, 'roi_head.mask_head': detections}
+        extractor = getattr(self.model.roi_head, 'bbox_roi_extractor' if 'bbox' in part else
+                            'mask_roi_extractor')
+        return [roi.roi_stream(m, extractor, self.images, self._boxes[part], self.cache_dtype)
+                for m in models]
+
+    def _end_unit(self, record):
+        record.peak_memory_mb = peak_memory_mb()
+        self.records.append(record)
+        self.runner.call_hook('after_unit', record=record)
+
+    def _meta(self):
+        dataset = self.runner.test_loop.dataloader.dataset
+        return dict(dataset_meta=_plain_meta(getattr(dataset, 'metainfo', {})), seed=self.seed)
+
+    def _phase(self, name):
+        return _Phase(self.phases, name)
+
+
+class _Phase:
+    """Adds the seconds of a `with` block to a table, and the peak memory after it."""
+
+    def __init__(self, table, name):
+        self.table, self.name = table, name
+
+    def __enter__(self):
+        self.began = time.time()
+
+    def __exit__(self, *_):
+        entry = self.table.setdefault(self.name, dict(seconds=0.0, peak_memory_mb=0.0))
+        entry['seconds'] += time.time() - self.began
+        entry['peak_memory_mb'] = peak_memory_mb()
+
+
+def peak_memory_mb():
+    """Peak memory so far in MiB: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def _weights_calibrated(model):
+    return all(m.weight_quantizer.calibrated for m in model.modules() if isinstance(m, QuantLayer))
+
+
+def _known(defaults, given, key):
+    for name in given or {}:
+        if name not in defaults:
+            raise UsageError(
+                f'quantize_cfg.{key}.{name} is not a known key; choose of {list(defaults)}')
+    return {**defaults, **(given or {})}
+
+
+def _merge(base, extra):
+    merged = {**base, **{k: v for k, v in extra.items() if k != 'per_level'}}
+    merged['per_level'] = {**base.get('per_level', {}), **extra.get('per_level', {})}
+    return merged
+
+
+def _plain_meta(meta):
+    """Dataset metainfo as tuples, lists and strings only."""
+    keep = {}
+    for key, value in dict(meta).items():
+        if key in ('classes', 'palette', 'CLASSES', 'PALETTE'):
+            keep[key] = value if isinstance(value, str) else [
+                v if isinstance(v, str) else [int(c) for c in v] for v in value]
+    return keep

@@ -1,0 +1,103 @@
+"""`QuantRunner`: MMEngine's Runner, with `quantize()` beside `test()`."""
+import inspect
+import platform
+
+import mmdet
+import mmengine
+import torch
+from mmengine.device import get_device
+from mmengine.runner import Runner
+
+from ..errors import UsageError
+from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
+from ..registry import LOOPS, RUNNERS
+from ..version import __version__
+
+
+@RUNNERS.register_module()
+class QuantRunner(Runner):
+    """Quantizes a detector, or tests a quantized one.
+
+    Reads three keys beyond the stock ones: `quantize_cfg`, the loop; `quantize_hooks`,
+    hooks beside `default_hooks` and `custom_hooks`; and `allow_pickle`, which lets
+    checkpoints run pickled code (off).
+
+    `quantize()` wants a float checkpoint, `test()` and `val()` a quantized one;
+    the other kind ends in one clear error.
+    """
+
+    _wants = 'quantized'
+
+    def quantize(self):
+        """Load the float weights, quantize, evaluate, save.
+
+        Returns:
+            dict: metrics of the float, the calibrated and the quantized model.
+        """
+        if self._resume:
+            raise UsageError('resume=True: a quantization cannot be resumed yet; remove it')
+        if self._load_from is None:
+            raise UsageError(
+                'no float checkpoint: give CHECKPOINT on the command line, or load_from')
+        self._wants = 'float'
+        self.build_quantize_loop()
+        self.call_hook('before_run')
+        self.load_or_resume()
+        report = self.quantize_loop.run()
+        self.call_hook('after_run')
+        return report
+
+    def build_quantize_loop(self):
+        """Build `quantize_loop` from the config's `quantize_cfg` and return it."""
+        if 'quantize_cfg' not in self.cfg:
+            raise UsageError(
+                "the config has no quantize_cfg; inherit 'pfcr_mm::_base_/pfcr.py'")
+        loop = LOOPS.get(self.cfg.quantize_cfg.get('type', 'pfcr_mm.PFCRLoop'))
+        known = inspect.signature(loop).parameters if loop is not None else ()
+        for key in self.cfg.quantize_cfg if known else ():
+            if key != 'type' and key not in known:
+                raise UsageError(
+                    f'quantize_cfg.{key} is not a known key; choose of '
+                    f"{[name for name in known if name != 'runner']}")
+        self.quantize_loop = LOOPS.build(self.cfg.quantize_cfg, default_args=dict(runner=self))
+        for hook in self.cfg.get('quantize_hooks', ()):
+            self.register_hook(hook)
+        return self.quantize_loop
+
+    def test(self):
+        """The stock test; without a checkpoint there is nothing to test."""
+        if self._load_from is None and not self._has_loaded:
+            raise UsageError('no quantized checkpoint: give its path')
+        return super().test()
+
+    def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
+        """Load safely, and the kind of weights that is wanted, or raise UsageError."""
+        checkpoint = read_checkpoint(filename, bool(self.cfg.get('allow_pickle', False)))
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        load = load_float if self._wants == 'float' else load_quantized
+        load(self.model, checkpoint, filename)
+        self._has_loaded = True
+        kind = 'float' if manifest_of(checkpoint) is None else 'quantized'
+        self.logger.info(f'Loaded {kind} weights from {filename}')
+        return checkpoint
+
+    def setup_env(self, env_cfg):
+        """Stock set-up; masked attention gives denormal numbers, which slow a CPU down."""
+        super().setup_env(env_cfg)
+        torch.set_flush_denormal(True)
+
+    def wrap_model(self, model_wrapper_cfg, model):
+        """Move to the device; reconstruction needs no wrapper around the model."""
+        return model.to(get_device())
+
+    def get_hooks_info(self):
+        """The hooks in one line; the stock table fills screens."""
+        return 'Hooks: ' + ', '.join(type(hook).__name__ for hook in self._hooks)
+
+    def _log_env(self, env_cfg):
+        # The stock report fills screens; the whole config is dumped to the work dir.
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+        self.logger.info(
+            f'pfcr_mm {__version__}, mmdet {mmdet.__version__}, mmengine {mmengine.__version__}, '
+            f'torch {torch.__version__}, Python {platform.python_version()}; '
+            f'{device}, {torch.get_num_threads()} threads, seed {self._seed}')
