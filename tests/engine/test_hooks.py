@@ -1,0 +1,128 @@
+"""Hooks, loop and runner as MMEngine sees them."""
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import demo_runs
+import pytest
+from demo_runs import FLOAT, options_as_dict
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, LOOPS, RUNNERS
+from mmengine.runner import Runner
+
+from pfcr_mm.cli import quant_main
+from pfcr_mm.engine import ExpectedMetricsHook, ManifestGuardHook, PFCRLoop, QuantRunner
+from pfcr_mm.errors import UsageError
+
+NAMES = ('ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'UnitLogHook')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_hook_builds_from_a_dict(name):
+    hook = HOOKS.build(dict(type=f'pfcr_mm.{name}'))
+    assert isinstance(hook, Hook) and type(hook).__name__ == name
+
+
+def test_hook_takes_its_arguments():
+    assert HOOKS.build(dict(type='pfcr_mm.UnitLogHook', interval=3)).interval == 3
+    assert HOOKS.build(dict(type='pfcr_mm.ExpectedMetricsHook', tolerance=0.1)).tolerance == 0.1
+
+
+def test_loop_and_runner_are_registered():
+    assert LOOPS.get('pfcr_mm.PFCRLoop') is PFCRLoop
+    assert RUNNERS.get('pfcr_mm.QuantRunner') is QuantRunner
+
+
+def test_a_type_needs_no_import_of_ours():
+    script = ('from mmengine.registry import HOOKS\n'
+              "print(type(HOOKS.build(dict(type='pfcr_mm.ManifestGuardHook'))).__name__)")
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.stdout.split()[-1] == 'ManifestGuardHook', done.stderr
+
+
+# --- ManifestGuardHook in a stock Runner ------------------------------------
+
+def stock_runner(run, checkpoint, folder, quantized):
+    """MMEngine's own Runner on the tiny detector, guarded."""
+    cfg = run.config()
+    if not quantized:
+        float_cfg = Config.fromfile(FLOAT)
+        float_cfg.merge_from_dict(options_as_dict(run.options))
+        cfg.model = float_cfg.model
+    for key in ('runner_type', 'quantize_cfg', 'quantize_hooks'):
+        cfg.pop(key, None)
+    cfg.custom_hooks = [dict(type='pfcr_mm.ManifestGuardHook')]
+    cfg.load_from, cfg.work_dir = str(checkpoint), str(folder)
+    return Runner.from_cfg(cfg)
+
+
+def test_guard_refuses_quantized_weights_in_a_float_model(tiny_run, tmp_path):
+    runner = stock_runner(tiny_run, tiny_run.quantized, tmp_path, quantized=False)
+    with pytest.raises(UsageError, match='the checkpoint is quantized and the model is float'):
+        runner.test()
+
+
+def test_guard_refuses_float_weights_in_a_quantized_model(tiny_run, tmp_path):
+    runner = stock_runner(tiny_run, tiny_run.checkpoint, tmp_path, quantized=True)
+    with pytest.raises(UsageError, match='the checkpoint holds float weights'):
+        runner.test()
+
+
+def test_guard_refuses_other_bits(tiny_run, tmp_path):
+    runner = stock_runner(tiny_run, tiny_run.quantized, tmp_path, quantized=True)
+    runner.model.census[1].activation_bits = 7
+    with pytest.raises(UsageError, match='activation_bits'):
+        runner.test()
+
+
+@pytest.mark.parametrize('quantized', [False, True], ids=['float', 'quantized'])
+def test_guard_lets_the_right_kind_pass(quantized, tiny_run, tmp_path):
+    checkpoint = tiny_run.quantized if quantized else tiny_run.checkpoint
+    runner = stock_runner(tiny_run, checkpoint, tmp_path, quantized)
+    assert 'coco/bbox_mAP' in runner.test()
+
+
+def test_stock_runner_measures_the_same(demo_run, tmp_path):
+    metrics = stock_runner(demo_run, demo_run.quantized, tmp_path, quantized=True).test()
+    saved = demo_run.report['quantized']
+    assert {key: metrics[f'coco/{key}'] for key in saved} == saved
+    assert saved['bbox_mAP'] > 0
+
+
+def test_guard_says_nothing_of_a_float_pair():
+    runner = SimpleNamespace(model=object())
+    ManifestGuardHook().after_load_checkpoint(runner, dict(state_dict={}, meta=None))
+
+
+# --- ExpectedMetricsHook ----------------------------------------------------
+
+@pytest.mark.parametrize('measured, noted', [
+    (0.4610, False), (0.4580, False), (0.4575, True), (0.4700, True)])
+def test_expected_metrics(measured, noted):
+    notes = []
+    loop = SimpleNamespace(
+        metrics=dict(float=dict(bbox_mAP=measured)), note=notes.append,
+        expected=dict(bbox_mAP=0.460, segm_mAP=0.416))
+    ExpectedMetricsHook(tolerance=0.0021).after_calibrate(SimpleNamespace(quantize_loop=loop))
+    assert bool(notes) == noted
+    if noted:
+        assert 'bbox_mAP' in notes[0] and '0.460' in notes[0] and f'{measured:.3f}' in notes[0]
+
+
+def test_expected_metrics_without_expectation():
+    loop = SimpleNamespace(metrics={}, expected=None, note=pytest.fail)
+    ExpectedMetricsHook().after_calibrate(SimpleNamespace(quantize_loop=loop))
+
+
+def test_expected_metrics_reach_the_report(tiny_run, tmp_path):
+    """A wrong expectation becomes a note of the report, and does not stop the run."""
+
+
+    options = (*tiny_run.options, *demo_runs.QUICK, 'quantize_cfg.evaluate.float=True',
+               'quantize_cfg.expected.bbox_mAP=0.9')
+    args = demo_runs.arguments(demo_runs.W4A4, tiny_run.checkpoint, tmp_path, options)
+    assert quant_main(args) == 0
+    notes = json.loads((tmp_path / 'report.json').read_text())['notes']
+    assert any('the config expects 0.900' in note for note in notes)
