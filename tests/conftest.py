@@ -2,6 +2,7 @@
 import copy
 from pathlib import Path
 
+import demo_runs
 import pytest
 import torch
 from mmdet.structures import DetDataSample
@@ -107,3 +108,17 @@ def images():
             batch_input_shape=(height, width), scale_factor=(1.0, 1.0), img_id=index))
         found.append((inputs, [sample]))
     return found
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+    """A finished run of tools/quant.py on the tiny detector."""
+    return demo_runs.tiny_run(tmp_path_factory.getbasetemp() / 'demo_runs')
+
+
+@pytest.fixture(scope='session')
+def demo_run(tmp_path_factory):
+    """A finished run of tools/quant.py on the demo detector."""
+    if not demo_runs.ASSET.is_file():
+        pytest.skip(f'{demo_runs.ASSET.name} is not there yet')
+    return demo_runs.demo_run(tmp_path_factory.getbasetemp() / 'demo_runs')
