@@ -32,6 +32,8 @@ class Leaf:
         modules (list[nn.Module]): the modules whose parameters the leaf owns.
         block (int | None): number of the block it belongs to, counted over the chain.
         stage (int | None): number of the stage it belongs to.
+        group (int | None): number of the group of blocks it belongs to, where the
+            architecture repeats a pattern, such as two windowed blocks and a global one.
         letter (str): kind in traversal strings: E(mbedding), A(ttention), M(LP),
             D(ownsampling), N(orm), else L.
     """
@@ -41,6 +43,7 @@ class Leaf:
     modules: tuple[nn.Module, ...] = field(repr=False, default=())
     block: int | None = None
     stage: int | None = None
+    group: int | None = None
     letter: str = 'L'
 
 

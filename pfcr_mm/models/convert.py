@@ -6,7 +6,7 @@ from mmcv.cnn.bricks import wrappers
 from torch import nn
 
 from ..errors import UsageError
-from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from ..modules import Matmul, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatmul
 from ..quantizers import QuantizerSpec, build_rounding
 from ..quantizers.spec import check_bits
 from ..registry import CONVERTERS, QUANTIZERS, ROUNDINGS, lookup
@@ -174,6 +174,28 @@ def convert(model, quant):
             census.append(record)
     _check_patterns(quant, [record.name for record in census])
     return census
+
+
+def quantize_matmuls(attention, name, quant):
+    """Give an attention its two matmuls, `matmul_qk` and `matmul_av`, in place.
+
+    Args:
+        attention (nn.Module): with `num_heads`; operands are (B, heads, N, C).
+        name (str): its full name.
+        quant (QuantConfig): where it excludes a matmul, that one is float.
+
+    Returns:
+        list[LayerRecord]: census records of both.
+    """
+    q, k, softmax, v = quant.matmul_specs(name)
+    records = []
+    for child, left, right in (('matmul_qk', q, k), ('matmul_av', softmax, v)):
+        reason = quant.skip_reason(f'{name}.{child}')
+        matmul = Matmul() if reason else QuantMatmul(left, right, attention.num_heads)
+        setattr(attention, child, matmul)
+        records.append(LayerRecord(
+            f'{name}.{child}', 'Matmul', None, None if reason else right.bits, reason))
+    return records
 
 
 def _convert_layer(model, name, module, quant, is_end):

@@ -1,12 +1,11 @@
 """Swin Transformer of mmdet: quantized window attention, chain, post-norm pairs."""
 import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA, WindowMSA
-from torch import nn
 
 from ..modules import QuantMatmul
 from ..registry import CHAINS, CONVERTERS, POST_NORM
 from .chain import Chain, Leaf, State
-from .convert import LayerRecord
+from .convert import quantize_matmuls
 
 _SWIN = 'mmdet.models.backbones.swin'
 
@@ -115,24 +114,7 @@ def convert_shift_window_msa(module, name, quant):
 def convert_window_msa(module, name, quant):
     """Give a WindowMSA its quantized matmuls, in place; census records of both."""
     module.__class__ = QuantWindowMSA
-    q, k, softmax, v = quant.matmul_specs(name)
-    module.matmul_qk = QuantMatmul(q, k, module.num_heads)
-    module.matmul_av = QuantMatmul(softmax, v, module.num_heads)
-    records = []
-    for child, bits in (('matmul_qk', q.bits), ('matmul_av', v.bits)):
-        reason = quant.skip_reason(f'{name}.{child}')
-        if reason:
-            setattr(module, child, Matmul())
-        records.append(LayerRecord(
-            f'{name}.{child}', 'Matmul', None, None if reason else bits, reason))
-    return records
-
-
-class Matmul(nn.Module):
-    """A float matrix product, where quantization is excluded."""
-
-    def forward(self, left, right):
-        return left @ right
+    return quantize_matmuls(module, name, quant)
 
 
 @POST_NORM.register(f'{_SWIN}.SwinBlock')

@@ -1,7 +1,14 @@
-"""Quantized matrix product of two activations, as attention has them."""
+"""Matrix products of two activations, as attention has them: float and quantized."""
 from torch import nn
 
 from ..quantizers import build_quantizer
+
+
+class Matmul(nn.Module):
+    """left @ right in float: a place for `QuantMatmul`, or where quantization is excluded."""
+
+    def forward(self, left, right):
+        return left @ right
 
 
 class QuantMatmul(nn.Module):

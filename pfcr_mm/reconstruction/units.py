@@ -6,8 +6,10 @@ from ..errors import UsageError
 from ..modules import quantizers_of
 
 # Fine to coarse. 'backbone' is the whole chain, also under its plain name 'chain'.
-LEVELS = ('leaf', 'block', 'pair', 'quad', 'stage', 'backbone', 'chain')
-_LETTERS = dict(block='B', pair='P', quad='Q', stage='S', backbone='ALL', chain='ALL')
+# Where a chain has groups of blocks, they take the place of quads, and 'double' is two of them.
+LEVELS = ('leaf', 'block', 'pair', 'quad', 'group', 'double', 'stage', 'backbone', 'chain')
+_LETTERS = dict(block='B', pair='P', quad='Q', group='G', double='GG', stage='S', backbone='ALL',
+                chain='ALL')
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,24 @@ def _slices(leaves, level):
     if level == 'stage':
         runs = _runs(leaves, lambda leaf: leaf.stage)
         return [(start, stop) for start, stop in runs if stop - start > 1]
-    blocks = _runs(leaves, lambda leaf: leaf.block)
+    if level in ('group', 'double'):
+        return _merge(_runs(leaves, lambda leaf: leaf.group), 1 if level == 'group' else 2)
+    if level == 'quad':
+        leaves = [leaf if leaf.group is None else None for leaf in leaves]
+    blocks = _runs(leaves, lambda leaf: leaf and leaf.block)
     size = dict(block=1, pair=2, quad=4)[level]
     slices = []
-    for _, group in groupby(blocks, key=lambda run: leaves[run[0]].stage):
-        group = list(group)
-        for i in range(0, len(group), size):
-            members = group[i:i + size]
-            # an odd block out is a unit of a finer level already
-            if size == 1 or len(members) > size // 2:
-                slices.append((members[0][0], members[-1][1]))
+    # no unit below a stage or a group crosses its border
+    for _, family in groupby(blocks, key=lambda run: (leaves[run[0]].stage, leaves[run[0]].group)):
+        slices += _merge(list(family), size)
     return slices
+
+
+def _merge(runs, size):
+    """Runs of `size` neighbours each; an odd one out is a unit of a finer level already."""
+    chunks = [runs[i:i + size] for i in range(0, len(runs), size)]
+    return [(chunk[0][0], chunk[-1][1]) for chunk in chunks
+            if size == 1 or len(chunk) > size // 2]
 
 
 def _runs(leaves, key):
