@@ -75,6 +75,8 @@ def read_checkpoint(path, allow_pickle=False):
             from None
     if not isinstance(checkpoint, dict):
         raise UsageError(f'checkpoint {path} holds no state dict')
+    if isinstance(checkpoint.get('model'), dict):  # training files of MAE, DeiT, Swin
+        checkpoint = dict(checkpoint['model'])
     if not isinstance(checkpoint.get('state_dict'), dict):
         if not checkpoint or not all(torch.is_tensor(v) for v in checkpoint.values()):
             raise UsageError(f'checkpoint {path} holds no state dict')
