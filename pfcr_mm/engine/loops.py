@@ -291,17 +291,13 @@ class PFCRLoop(BaseLoop):
             return stream, stream
         if part == 'neck':
             return [roi.backbone_stream(m, self.images, self.cache_dtype) for m in models]
-        if part == 'rpn_head':
+        if not part.startswith('roi_head.'):  # RPN and dense heads
             return [roi.feature_stream(m, self.images, self.cache_dtype) for m in models]
         if self._boxes is None:
-            generator = torch.Generator().manual_seed(self.seed)
-            proposals, detections = roi.float_boxes(
+            self._boxes = roi.float_boxes(
                 self.teacher, self.images, self.rois['proposals'], self.rois['detections'],
-                generator)
-            self._boxes = {'roi_head.bbox_head': proposals, 'roi_head.mask_head': detections}
-        extractor = getattr(self.model.roi_head, 'bbox_roi_extractor' if 'bbox' in part else
-                            'mask_roi_extractor')
-        return [roi.roi_stream(m, extractor, self.images, self._boxes[part], self.cache_dtype)
+                torch.Generator().manual_seed(self.seed))
+        return [roi.roi_stream(m, part, self.images, self._boxes[part], self.cache_dtype)
                 for m in models]
 
     def _end_unit(self, record):

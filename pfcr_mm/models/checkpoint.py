@@ -13,7 +13,9 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 
 from ..errors import UsageError
 from ..modules import QuantLayer
+from .fold import fold_state
 from .manifest import FORMAT, build_manifest
+from .official_swin import from_official_swin, is_official_swin
 
 ASSETS = Path(__file__).parents[1] / 'assets'
 _ASSET_SCHEME = 'pfcr_mm://'
@@ -97,6 +99,8 @@ def manifest_of(checkpoint):
 def load_float(detector, checkpoint, path):
     """Load float weights into a quantized detector; every float weight must be there.
 
+    Takes mmdet's names and those of the official Swin detectors.
+
     Raises:
         UsageError: the file is quantized already, or of another architecture.
     """
@@ -104,7 +108,14 @@ def load_float(detector, checkpoint, path):
         raise UsageError(
             f'checkpoint {path} is quantized already; give the float checkpoint it came from')
     state = {re.sub(r'^module\.', '', k): v for k, v in checkpoint['state_dict'].items()}
+    if is_official_swin(state):
+        state = from_official_swin(state)
+    fold_state(state, detector.folded)
     own = detector.state_dict()
+    if not own.keys() & state.keys():
+        raise UsageError(
+            f"checkpoint {path} fits neither mmdet's naming of this detector nor that of the "
+            f'official Swin checkpoints: its keys are like {next(iter(state), None)!r}')
     created = _created_keys(detector)
     missing = [k for k in own if k not in state and k not in created and not DERIVED.match(k)]
     wrong = [k for k in own if k in state and own[k].shape != state[k].shape]

@@ -1,10 +1,13 @@
 """`QuantDetector`: build an mmdet detector with quantized layers; name its parts."""
 import logging
 
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmengine.logging import print_log
+from torch import nn
 
 from ..registry import CHAINS, MODELS
 from .convert import QuantConfig, convert
+from .fold import fold_batch_norms, fold_state
 from .reparam import post_norm_pairs
 
 
@@ -22,15 +25,18 @@ def QuantDetector(arch, quant, **cfg):  # noqa: N802  named as configs spell it
         **cfg: everything else of the detector's config.
 
     Returns:
-        nn.Module: the detector, with `quant_config` and `census`.
+        nn.Module: the detector, with `quant_config`, `census` and `folded` (batch norms
+        that have gone into convolutions).
     """
     config = QuantConfig.from_dict(quant)
     detector = MODELS.build(dict(type=arch, _scope_='mmdet', **cfg))
+    detector.folded = fold_batch_norms(detector)
     detector.census = convert(detector, config)
     detector.quant_config = config
     add_missing_biases(detector)
     detector.wants_float = False  # set while tools/quant.py loads what it is to quantize
     detector._register_load_state_dict_pre_hook(_warn_of_float, with_module=True)
+    detector._register_load_state_dict_pre_hook(_fold_norms, with_module=True)
     return detector
 
 
@@ -42,8 +48,16 @@ def _warn_of_float(detector, state_dict, prefix, *_):
             'tools/quant.py wrote', 'current', logging.WARNING)
 
 
+def _fold_norms(detector, state_dict, prefix, *_):
+    """Whoever loads a float checkpoint: its batch norms go where the detector's went."""
+    fold_state(state_dict, detector.folded, prefix)
+
+
 def parts(detector):
-    """Yield (name, module) of the parts that PFCR treats one by one, in order."""
+    """Yield (name, module) of the parts that PFCR treats one by one, in order.
+
+    A cascade's heads are parts each: roi_head.bbox_head.0, roi_head.bbox_head.1, ...
+    """
     yield 'backbone', detector.backbone
     if getattr(detector, 'with_neck', False):
         yield 'neck', detector.neck
@@ -53,8 +67,13 @@ def parts(detector):
     roi_head = getattr(detector, 'roi_head', None)
     if roi_head is not None:
         for name in ('bbox_head', 'mask_head'):
-            if getattr(roi_head, f'with_{name.split("_")[0]}', False):
-                yield f'roi_head.{name}', getattr(roi_head, name)
+            if not getattr(roi_head, f'with_{name.split("_")[0]}', False):
+                continue
+            head = getattr(roi_head, name)
+            if isinstance(head, nn.ModuleList):
+                yield from ((f'roi_head.{name}.{i}', stage) for i, stage in enumerate(head))
+            else:
+                yield f'roi_head.{name}', head
 
 
 def part_chains(detector):
@@ -74,9 +93,9 @@ def part_chains(detector):
         if not CHAINS.same_forward(module):
             without[name] = f'{kind} has a forward of its own'
             continue
-        if name.startswith('roi_head.') and (not detector.with_rpn
-                                             or detector.roi_head.with_shared_head):
-            without[name] = 'RoI features need an RPN and no shared head'
+        reason = _no_rois(detector) if name.startswith('roi_head.') else None
+        if reason is not None:
+            without[name] = reason
             continue
         chain = build(module)
         if chain is None:
@@ -85,6 +104,18 @@ def part_chains(detector):
         chain.name = name
         chains[name] = chain
     return chains, without
+
+
+def _no_rois(detector):
+    """Why RoI features cannot be cut the plain way, or None."""
+    if not detector.with_rpn or detector.roi_head.with_shared_head:
+        return 'RoI features need an RPN and no shared head'
+    kind = type(detector.roi_head)
+    for method in ('_bbox_forward', '_mask_forward'):
+        if getattr(kind, method, None) not in [
+                getattr(plain, method) for plain in (StandardRoIHead, CascadeRoIHead)]:
+            return f'{kind.__name__} has a {method} of its own'
+    return None
 
 
 def add_missing_biases(detector):

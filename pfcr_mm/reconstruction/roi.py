@@ -3,8 +3,11 @@
 RoI features are cut from the float and from the quantized maps at the *same*
 boxes, those of the float model, so that inputs and targets line up.
 """
+import re
+
 import torch
-from mmdet.structures.bbox import bbox2roi
+from mmdet.models.roi_heads import CascadeRoIHead
+from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
 from ..models.chain import State
 from .capture import Stream
@@ -29,7 +32,10 @@ def feature_stream(model, images, dtype=None):
 
 @torch.no_grad()
 def float_boxes(teacher, images, proposals_per_image, detections_per_image, generator):
-    """Boxes of the float model, one entry an image.
+    """Boxes of the float model for every RoI head.
+
+    A box head of a cascade sees the proposals as the float stages before it refined
+    them; all mask heads see the float detections.
 
     Args:
         teacher (nn.Module): the float detector.
@@ -38,26 +44,66 @@ def float_boxes(teacher, images, proposals_per_image, detections_per_image, gene
         detections_per_image (int): detections kept, best first.
 
     Returns:
-        tuple[list[Tensor], list[Tensor]]: proposals and detected boxes, each (n, 4),
-        in pixels of the network's input; n may be 0.
+        dict[str, list[Tensor]]: for each part, such as 'roi_head.bbox_head' or
+        'roi_head.mask_head.2', one entry an image: boxes (n, 4) in pixels of the
+        network's input; n may be 0.
     """
-    proposals, detections = [], []
+    cascade = isinstance(teacher.roi_head, CascadeRoIHead)
+    stages = range(teacher.roi_head.num_stages) if cascade else (None, )
+    box_parts, mask_parts = ([f'roi_head.{name}' + ('' if i is None else f'.{i}') for i in stages]
+                             for name in ('bbox_head', 'mask_head'))
+    boxes = {part: [] for part in box_parts + mask_parts}
     for inputs, samples in images:
         maps = teacher.extract_feat(_on(teacher, inputs))
         found = teacher.rpn_head.predict(maps, samples, rescale=False)
-        boxes = found[0].bboxes
-        half = proposals_per_image // 2
-        order = torch.randperm(max(0, len(boxes) - half), generator=generator) + half
-        pick = torch.cat([torch.arange(min(half, len(boxes))), order])[:proposals_per_image]
-        proposals.append(boxes[pick.to(boxes.device)].cpu())
+        kept = _some(found[0].bboxes, proposals_per_image, generator)
+        entering = refined(teacher.roi_head, maps, kept, samples[0].metainfo) if cascade else [kept]
+        for part, stage_boxes in zip(box_parts, entering):
+            boxes[part].append(stage_boxes.cpu())
         results = teacher.roi_head.predict(maps, found, samples, rescale=False)
-        detections.append(results[0].bboxes[:detections_per_image].cpu())
-    return proposals, detections
+        for part in mask_parts:
+            boxes[part].append(results[0].bboxes[:detections_per_image].cpu())
+    return boxes
+
+
+def refined(roi_head, maps, boxes, meta):
+    """What enters each box stage of a cascade: the boxes, refined by the stages before.
+
+    Args:
+        roi_head (CascadeRoIHead): of one image's detector.
+        maps (tuple[Tensor]): of one image.
+        boxes (Tensor): (n, 4).
+        meta (dict): the image's metainfo.
+
+    Returns:
+        list[Tensor]: (n, 4) for every stage.
+    """
+    entering = [boxes]
+    for stage in range(roi_head.num_stages - 1):
+        boxes, head = entering[-1], roi_head.bbox_head[stage]
+        if len(boxes) > 0 and head.with_reg:
+            found = roi_head._bbox_forward(stage, maps, bbox2roi([boxes]))
+            scores = found['cls_score']
+            if head.custom_activation:
+                scores = head.loss_cls.get_activation(scores)
+            boxes = get_box_tensor(head.regress_by_class(
+                boxes, scores[:, :-1].argmax(1), found['bbox_pred'], meta))
+        entering.append(boxes)
+    return entering
 
 
 @torch.no_grad()
-def roi_stream(model, extractor, images, boxes, dtype=None):
-    """Stream into a RoI head: features (n, C, h, w) of the images that have boxes."""
+def roi_stream(model, part, images, boxes, dtype=None):
+    """Stream into a RoI head: features (n, C, h, w) of the images that have boxes.
+
+    Args:
+        model (nn.Module): the detector.
+        part (str): name of the head, such as 'roi_head.bbox_head.1'.
+        images (list): (inputs, data samples) pairs.
+        boxes (list[Tensor]): (n, 4) an image.
+        dtype (torch.dtype | None): storage type.
+    """
+    extractor = model.get_submodule(re.sub(r'_head(\.\d+)?$', r'_roi_extractor\1', part))
     states = []
     for (inputs, _), image_boxes in zip(images, boxes):
         if len(image_boxes) == 0:
@@ -66,6 +112,14 @@ def roi_stream(model, extractor, images, boxes, dtype=None):
         rois = bbox2roi([image_boxes.to(maps[0].device)])
         states.append(State((extractor(maps[:extractor.num_inputs], rois), )))
     return Stream(states, dtype)
+
+
+def _some(boxes, count, generator):
+    """The best half and a random half of `count` boxes that come best first."""
+    half = count // 2
+    order = torch.randperm(max(0, len(boxes) - half), generator=generator) + half
+    pick = torch.cat([torch.arange(min(half, len(boxes))), order])[:count]
+    return boxes[pick.to(boxes.device)]
 
 
 def _on(model, tensor):
