@@ -21,6 +21,10 @@ QUANT = [path for path in ALL if path.name.startswith('pfcr_')]
 BLOCK = [path for path in ALL if path.name.startswith('block_')]  # the baseline of the demo
 FLOAT = [path for path in ALL if path not in BASES + QUANT + BLOCK]
 
+COCO = ('pfcr_maskrcnn_swin_t', 'pfcr_maskrcnn_swin_s', 'pfcr_maskrcnn_swin_t_official',
+        'pfcr_maskrcnn_swin_s_official', 'pfcr_cascade_maskrcnn_swin_t',
+        'pfcr_cascade_maskrcnn_swin_s')
+
 
 def ids(paths):
     return [str(path.relative_to(CONFIGS).with_suffix('')) for path in paths]
@@ -52,7 +56,7 @@ def test_builds_its_model(path):
     if 'init_cfg' in cfg.model.backbone:
         cfg.model.backbone.init_cfg = None  # nothing to download
     detector = MODELS.build(dict(cfg.model, _scope_='mmdet'))
-    assert type(detector).__name__ == 'MaskRCNN'
+    assert type(detector).__name__ == cfg.model.get('arch', cfg.model.type)
     layers = [m for m in detector.modules() if isinstance(m, QuantLayer)]
     assert bool(layers) == (path in QUANT + BLOCK)
 
@@ -118,9 +122,32 @@ def test_only_the_bits_differ_within_a_family():
         cfg['model']['quant'] = None
         cfg.pop('work_dir', None)  # results of one width must not overwrite another's
         families.setdefault(re.sub(r'_w\da\d$', '', path.stem), []).append(cfg)
-    assert len(families) == 3
-    for configs in families.values():
+    assert {'pfcr_maskrcnn_swin_demo', *COCO} <= set(families)
+    for name, configs in families.items():
+        assert len(configs) >= 4 or 'demo' in name
         assert all(cfg == configs[0] for cfg in configs)
+
+
+@pytest.mark.parametrize('family', COCO)
+def test_every_coco_row_has_four_widths(family):
+    widths = [bits_in(path) for path in QUANT if re.sub(r'_w\da\d$', '', path.stem) == family]
+    assert sorted(widths) == [(3, 3), (4, 4), (6, 6), (8, 8)]
+
+
+@pytest.mark.parametrize('family, bbox, segm', [
+    ('maskrcnn_swin_t_official', 0.460, 0.416), ('maskrcnn_swin_s_official', 0.485, 0.433),
+    ('cascade_maskrcnn_swin_t', 0.504, 0.437), ('cascade_maskrcnn_swin_s', 0.519, 0.450)])
+def test_official_weights(family, bbox, segm):
+    """The rows that published tables use, and the float AP that they are known for."""
+    cfg = Config.fromfile(CONFIGS / f'pfcr_{family}_w4a4.py')
+    assert 'github.com/SwinTransformer/storage/releases/download/v1.0.2/' in cfg.load_from
+    assert cfg.quantize_cfg.expected.to_dict() == dict(bbox_mAP=bbox, segm_mAP=segm)
+    size = 'tiny' if '_t' in family else 'small'
+    assert f'{size}_patch4_window7.pth' in cfg.load_from
+    assert ('cascade' in cfg.load_from) == ('cascade' in family)
+    assert cfg.model.backbone.depths == [2, 2, 6 if size == 'tiny' else 18, 2]
+    assert cfg.test_pipeline[1].scale == (1333, 800) and cfg.test_pipeline[1].keep_ratio
+    assert cfg.model.test_cfg.rcnn.max_per_img == 100
 
 
 # --- what mm tools read -----------------------------------------------------

@@ -1,0 +1,4 @@
+"""Cascade Mask R-CNN Swin-T on COCO, 3-bit weights, 3-bit activations."""
+_base_ = './_base_/cascade_maskrcnn_swin_t.py'
+
+model = dict(quant=dict(weight_bits=3, activation_bits=3))

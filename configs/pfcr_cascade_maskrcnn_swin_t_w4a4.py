@@ -1,0 +1,4 @@
+"""Cascade Mask R-CNN Swin-T on COCO, 4-bit weights, 4-bit activations."""
+_base_ = './_base_/cascade_maskrcnn_swin_t.py'
+
+model = dict(quant=dict(weight_bits=4, activation_bits=4))

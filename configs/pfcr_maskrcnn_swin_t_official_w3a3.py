@@ -1,0 +1,4 @@
+"""Mask R-CNN Swin-T (official weights) on COCO, 3-bit weights, 3-bit activations."""
+_base_ = './_base_/maskrcnn_swin_t_official.py'
+
+model = dict(quant=dict(weight_bits=3, activation_bits=3))
