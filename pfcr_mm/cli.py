@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,19 +24,19 @@ def quant_main(argv=None):
     """tools/quant.py. Returns the exit code: 0, or 2 for a mistake of the user's."""
     parser = _parser('Quantize a detector with PFCR and measure box and mask AP.', 'quant.py')
     parser.add_argument('checkpoint', nargs='?', help='float checkpoint (default: load_from)')
-    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='print the plan and stop; needs neither data nor checkpoint')
     args = parser.parse_args(argv)
 
     def run():
-        runner = _build_runner(args, calibrates=True)
         if args.dry_run:
-            from .engine.hooks.progress import plan_lines
-            loop = runner.build_quantize_loop()
-            loop.prepare()
-            print('\n'.join(plan_lines(loop)))
-        else:
-            with _damage_told(runner.cfg):
-                runner.quantize()
+            _dry_run(args)
+            return
+        cfg = _read_config(args)
+        _check_data(cfg, calibrates=True)
+        runner = _build_runner(cfg)
+        with _damage_told(runner.cfg):
+            runner.quantize()
 
     return _guarded('quant.py', run)
 
@@ -47,7 +48,9 @@ def test_main(argv=None):
     args = parser.parse_args(argv)
 
     def run():
-        runner = _build_runner(args, calibrates=False)
+        cfg = _read_config(args)
+        _check_data(cfg, calibrates=False)
+        runner = _build_runner(cfg)
         from .engine.data import check_images
         with _damage_told(runner.cfg):
             try:
@@ -63,6 +66,18 @@ def test_main(argv=None):
                 print(f'{key}: {value:.4f}')
 
     return _guarded('test.py', run)
+
+
+def _dry_run(args):
+    """Print the plan. Data and checkpoint are not looked at, the work dir stays as it is."""
+    from .engine.hooks.progress import plan_lines
+    with tempfile.TemporaryDirectory() as folder:
+        args.work_dir = folder
+        cfg = _read_config(args)
+        cfg.visualizer = dict(type='Visualizer', name=folder)  # writes nothing
+        loop = _build_runner(cfg).build_quantize_loop()
+        loop.rehearse()
+        print('\n'.join([*plan_lines(loop), '  not looked at: data, checkpoint']))
 
 
 class _Overrides(DictAction):
@@ -91,7 +106,8 @@ def _parser(description, program):
     return parser
 
 
-def _build_runner(args, calibrates):
+def _read_config(args):
+    """The config with what the command line says, checked as far as it goes by itself."""
     if not os.path.isfile(args.config) and '::' not in args.config:
         raise UsageError(f'config {args.config} is not there; see configs/')
     try:
@@ -121,8 +137,13 @@ def _build_runner(args, calibrates):
         if cfg.model.get(key) is None:
             raise UsageError(f"config {args.config}: model.{key} is missing; see README, "
                              "'Your own detector'")
+    if cfg.get('test_dataloader') is None:
+        raise UsageError('the config has no test_dataloader, which AP is measured on')
     init_default_scope(cfg.get('default_scope', 'mmdet'))
-    _check_data(cfg, calibrates)
+    return cfg
+
+
+def _build_runner(cfg):
     try:
         os.makedirs(cfg.work_dir, exist_ok=True)
     except OSError as error:
@@ -138,8 +159,6 @@ def _build_runner(args, calibrates):
 def _check_data(cfg, calibrates):
     """Missing annotations end before a log or a folder is written."""
     from .engine.data import calibration_dataset_cfg, check_dataset
-    if cfg.get('test_dataloader') is None:
-        raise UsageError('the config has no test_dataloader, which AP is measured on')
     check_dataset(cfg.test_dataloader.dataset, 'test_dataloader')
     own = cfg.get('quantize_cfg', {}).get('calibration', {}).get('dataset')
     if calibrates and not own and cfg.get('train_dataloader') is not None:

@@ -61,6 +61,26 @@ def calibration_dataset_cfg(cfg):
     return train
 
 
+def nominal_size(cfg):
+    """(H, W) of the largest landscape input that the test pipeline makes, padding included.
+
+    From the config alone: what `Resize` and `Pad` say, else 800 x 1333.
+    """
+    test = cfg.test_dataloader.dataset
+    while 'dataset' in test:
+        test = test.dataset
+    width, height = 1333, 800
+    for step in test.get('pipeline', ()):
+        kind = str(step.get('type')).rpartition('.')[2]
+        if kind == 'Resize' and step.get('scale'):
+            scale = step.scale if isinstance(step.scale, (tuple, list)) else (step.scale, ) * 2
+            width, height = (max(scale), min(scale)) if step.get('keep_ratio') else scale
+        elif kind == 'Pad' and step.get('size'):
+            width, height = max(width, step.size[0]), max(height, step.size[1])
+    divisor = cfg.model.get('data_preprocessor', {}).get('pad_size_divisor', 1)
+    return tuple(-(-side // divisor) * divisor for side in (height, width))
+
+
 def load_sample(dataset, index):
     """`dataset[index]`, with an unreadable image told by its path."""
     try:

@@ -32,7 +32,7 @@ from ..reconstruction import (
 from ..reconstruction.calibrate import METHODS
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
-from .data import calibration_images, check_dataset, check_images
+from .data import calibration_images, check_dataset, check_images, nominal_size
 
 CHECKPOINT = 'quantized.pth'
 _CALIBRATION = dict(
@@ -161,29 +161,43 @@ class PFCRLoop(BaseLoop):
     def prepare(self):
         """Everything that can fail for a mistake in config or data, before any work."""
         check_dataset(self.runner.cfg.test_dataloader.dataset, 'test_dataloader')
+        self._arrange()
+        self.images = calibration_images(
+            self.runner.cfg, self.model, self.calibration['images'], self.seed,
+            self.calibration['dataset'])
+        self._count([tuple(inputs.shape[-2:]) for inputs, _ in self.images])
+        self.teacher = copy.deepcopy(self.model)
+        self.teacher_chains, _ = part_chains(self.teacher)
+
+    def rehearse(self):
+        """What a plan needs, from the config alone: no data, no checkpoint."""
+        self._arrange()
+        self._count([nominal_size(self.runner.cfg)] * self.calibration['images'])
+
+    def _arrange(self):
+        """Chains, parts and schedules."""
         self.model.eval()  # no DropPath, no dropout, in any phase
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         set_quantization(self.model, False, False)
         self.chains, self.without_chain = part_chains(self.model)
-        self.images = calibration_images(
-            self.runner.cfg, self.model, self.calibration['images'], self.seed,
-            self.calibration['dataset'])
         known = [*self.chains, *self.without_chain]
         for key, patterns in (('parts', self.parts), ('pos.stage1_parts', self.pos.stage1_parts)):
             for pattern in patterns:
                 if not any(fnmatchcase(part, pattern) for part in known):
                     raise UsageError(
                         f'quantize_cfg.{key}: {pattern!r} matches no part; choose of {known}')
-        self.held_out = min(self.calibration['held_out'], len(self.images) // 4)
-        self.teacher = copy.deepcopy(self.model)
-        self.teacher_chains, _ = part_chains(self.teacher)
         self.schedules = {}
         for stage in self.pos.stages(self.levels or self.head_levels):
             self.schedules[stage.number] = self._schedules(stage)
             if self.levels and not any(self.schedules[stage.number].values()):
                 self.note(f'POS stage {stage.number} has no units: its levels {stage.levels} are '
                           f'not in quantize_cfg.levels {self.levels}')
+
+    def _count(self, sizes):
+        """Take note of the calibration images' sizes (H, W)."""
+        self.image_sizes = sizes
+        self.held_out = min(self.calibration['held_out'], len(sizes) // 4)
 
     def plan(self):
         """Units by (POS stage, part), in order: what `run` is going to do."""

@@ -16,10 +16,7 @@ class Stream:
     """
 
     def __init__(self, states, dtype=None):
-        self.states = [
-            State(tuple(t.detach().to('cpu', dtype or t.dtype) for t in s.tensors), s.meta)
-            for s in states
-        ]
+        self.states = [_stored(state, dtype) for state in states]
         if dtype == torch.float16 and any(
                 torch.isinf(t).any() for s in self.states for t in s.tensors):
             raise UsageError(
@@ -57,8 +54,9 @@ def advance(chain, stream, start, stop, device, batch_size=8, dtype=None):
             state, side = chain.run(stream.batch(chunk, device), start, stop)
             sizes = [stream.states[i].tensors[0].shape[0] for i in chunk]
             for k, i in enumerate(chunk):
-                states[i] = State(_part(state.tensors, sizes, k), state.meta)
-                sides[i] = State(_part(side, sizes, k))
+                # stored at once: nothing piles up on the device or in float32
+                states[i] = _stored(State(_part(state.tensors, sizes, k), state.meta), dtype)
+                sides[i] = _stored(State(_part(side, sizes, k)), dtype)
     return Stream(states, dtype), Stream(sides, dtype)
 
 
@@ -68,6 +66,10 @@ def split(stream, held_out):
     held_out = min(held_out, len(indices) // 4)
     cut = len(indices) - held_out
     return indices[:cut], indices[cut:] or indices
+
+
+def _stored(state, dtype):
+    return State(tuple(t.detach().to('cpu', dtype or t.dtype) for t in state.tensors), state.meta)
 
 
 def _part(tensors, sizes, k):

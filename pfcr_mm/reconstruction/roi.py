@@ -103,7 +103,7 @@ def roi_stream(model, part, images, boxes, dtype=None):
         boxes (list[Tensor]): (n, 4) an image.
         dtype (torch.dtype | None): storage type.
     """
-    extractor = model.get_submodule(re.sub(r'_head(\.\d+)?$', r'_roi_extractor\1', part))
+    extractor = _extractor(model, part)
     states = []
     for (inputs, _), image_boxes in zip(images, boxes):
         if len(image_boxes) == 0:
@@ -112,6 +112,33 @@ def roi_stream(model, part, images, boxes, dtype=None):
         rois = bbox2roi([image_boxes.to(maps[0].device)])
         states.append(State((extractor(maps[:extractor.num_inputs], rois), )))
     return Stream(states, dtype)
+
+
+@torch.no_grad()
+def sample_state(model, part, image, rois):
+    """What flows into a part for one image: the shapes are right, RoI features are zero.
+
+    Args:
+        model (nn.Module): the detector.
+        part (str): name of the part.
+        image (Tensor): (1, 3, H, W).
+        rois (dict): RoIs an image, `proposals` and `detections`.
+    """
+    if part == 'backbone':
+        return State((image, ))
+    if part == 'neck':
+        return State(tuple(model.backbone(image)))
+    if not part.startswith('roi_head.'):
+        return State(tuple(model.extract_feat(image)))
+    extractor = _extractor(model, part)
+    count = rois['proposals' if '.bbox_head' in part else 'detections']
+    return State((image.new_zeros(
+        count, extractor.out_channels, *extractor.roi_layers[0].output_size), ))
+
+
+def _extractor(model, part):
+    """The RoI extractor of a head: 'roi_head.bbox_head.1' has 'bbox_roi_extractor.1'."""
+    return model.get_submodule(re.sub(r'_head(\.\d+)?$', r'_roi_extractor\1', part))
 
 
 def _some(boxes, count, generator):

@@ -1,9 +1,12 @@
 """The plan before, and a line a unit while reconstructing."""
 import time
+from collections import Counter
 
+import torch
 from mmengine.hooks import Hook
 
 from ...reconstruction import UnitConfig, traversal_string
+from ...reconstruction.memory import stream_elements
 from ...registry import HOOKS
 
 
@@ -49,7 +52,7 @@ def plan_lines(loop):
     """The plan: bits, layers, units of each part, images, estimated memory.
 
     Args:
-        loop (PFCRLoop): prepared.
+        loop (PFCRLoop): prepared or rehearsed.
 
     Returns:
         list[str]: lines of text.
@@ -57,49 +60,79 @@ def plan_lines(loop):
     quant = loop.model.quant_config
     census = loop.model.census
     skipped = [record for record in census if record.skipped_reason]
+    height, width = max(loop.image_sizes, key=lambda size: size[0] * size[1])
     lines = [
         f'Plan: W{quant.weight_bits}A{quant.activation_bits}, first and last layers '
         f"{quant.first_last_bits or 'alike'} bits, {len(census) - len(skipped)} layers "
         f'quantized, {len(skipped)} skipped',
-        f'  calibration: {len(loop.images)} training images, '
+        f'  bits: {_counts(map(_bits, census))}',
+        f'  parts: {_counts(_part(loop, record.name) for record in census)} (layers)',
+        f'  calibration: {len(loop.image_sizes)} training images, '
         f'{loop.held_out} of them to accept units by; '
-        f"method {loop.calibration['method']}",
+        f"method {loop.calibration['method']}; up to {width}x{height} pixels",
         f'  POS: {loop.pos.mode}; weight rounding: {quant.rounding}; {loop.traversal}',
     ]
+    cached = {number: cache_mb(loop, number) for number in loop.schedules}
     for (stage, part), units in loop.plan().items():
         if units:
-            lines.append(f'  stage {stage} {part}: {len(units)} units: {traversal_string(units)}')
+            lines.append(f'  stage {stage} {part}: {len(units)} units, about '
+                         f'{cached[stage][part]:.0f} MB: {traversal_string(units)}')
     for part, reason in loop.without_chain.items():
         lines.append(f'  {part}: calibrated only ({reason})')
-    for record in skipped:
-        lines.append(f'  skipped {record.name}: {record.skipped_reason}')
-    lines.append(f'  cached activations of the backbone: about {estimate_cache_mb(loop):.0f} MB')
+    for reason, names in _grouped(skipped).items():
+        lines.append(f'  skipped {names[0]}' + (
+            f' and {len(names) - 1} more' if len(names) > 1 else '') + f': {reason}')
+    peak, part = max(((mb, part) for parts in cached.values() for part, mb in parts.items()),
+                     default=(0, 'nothing'))
+    lines.append(f'  cached activations: about {peak + images_mb(loop):.0f} MB at most ({part})')
     return lines
 
 
-def estimate_cache_mb(loop):
-    """Memory of the backbone's streams: inputs, targets and boundaries, in MB.
+def cache_mb(loop, stage):
+    """Memory of the cached streams of each part, in MB.
 
-    Measured on one image: a unit needs its quantized and float input and its
-    target, and the stack of open boundaries is at most log2(blocks) + 2 deep.
+    Args:
+        loop (PFCRLoop): prepared or rehearsed.
+        stage (int): number of the POS stage.
+
+    Returns:
+        dict[str, float]: by part.
     """
-    chain = loop.teacher_chains.get('backbone')
-    if chain is None:
-        return 0.0
-    import torch
-
-    from ...models.chain import State
-    with torch.no_grad():
-        state = State((loop.images[0][0].to(loop.device), ))
-        largest = 0
-        for leaf in chain.leaves:
-            state, side = leaf.forward(state)
-            tensors = state.tensors + side
-            largest = max(largest, sum(t.numel() for t in tensors))
-    blocks = len({leaf.block for leaf in chain.leaves if leaf.block is not None})
-    depth = 2 + max(1, blocks).bit_length()
     width = 4 if loop.cache_dtype is None else torch.finfo(loop.cache_dtype).bits // 8
-    return largest * (2 * depth + 1) * width * len(loop.images) / 1e6
+    pixels = sum(height * width for height, width in loop.image_sizes)
+    elements = stream_elements(
+        loop.model, loop.chains, loop.schedules[stage], pixels, len(loop.image_sizes), loop.rois)
+    return {part: count * width / 1e6 for part, count in elements.items()}
+
+
+def images_mb(loop):
+    """Memory of the calibration images themselves, in MB."""
+    return sum(3 * 4 * height * width for height, width in loop.image_sizes) / 1e6
+
+
+def _bits(record):
+    if record.skipped_reason:
+        return 'float'
+    weight = '' if record.weight_bits is None else f'W{record.weight_bits}'
+    return f"{weight}A{record.activation_bits}{'' if weight else ' (matmul)'}"
+
+
+def _part(loop, name):
+    """The part that a layer belongs to, longest name first."""
+    parts = sorted([*loop.chains, *loop.without_chain], key=len, reverse=True)
+    return next((part for part in parts if name.startswith(f'{part}.')), 'elsewhere')
+
+
+def _counts(labels):
+    return ', '.join(f'{count} {label}' for label, count in Counter(labels).items())
+
+
+def _grouped(records):
+    """Names of skipped layers by reason."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record.skipped_reason, []).append(record.name)
+    return groups
 
 
 def _clock(seconds):

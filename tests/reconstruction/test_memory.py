@@ -1,0 +1,79 @@
+"""The memory estimate against what a reconstruction really holds."""
+import pytest
+import torch
+from toy_chains import chain_of, stream, toy
+
+from pfcr_mm.models import State, part_chains
+from pfcr_mm.reconstruction import ChainReconstructor, UnitConfig, build_schedule, memory, roi
+from pfcr_mm.reconstruction.pos import Stage
+from pfcr_mm.reconstruction.units import Unit
+
+
+def unit(start, stop):
+    return Unit('u', 'backbone', 'leaf', 'L', start, stop)
+
+
+@pytest.mark.parametrize('schedule, expected', [
+    # leaf 0 alone: two inputs of 10, outputs of 20 and a side of 1; then two boundaries more
+    ([unit(0, 1)], 10 + 10 + 20 + 20 + 1),
+    # leaf 1 holds boundary 0 and 1 of both streams, its output of 5 is below the step before
+    ([unit(0, 1), unit(1, 2)], 10 + 10 + 20 + 20 + 5),
+    # all at once: inputs, the last output, both sides
+    ([unit(0, 2)], 10 + 10 + 5 + 1),
+], ids=['first', 'both', 'whole'])
+def test_by_hand(schedule, expected):
+    assert memory.peak_elements(schedule, sizes=[10, 20, 5], sides=[1, 0]) == expected
+
+
+@pytest.mark.parametrize('levels', [['leaf'], ['leaf', 'block', 'pair', 'stage', 'backbone'],
+                                    ['block', 'stage']], ids='-'.join)
+@pytest.mark.parametrize('traversal', ['post_order', 'level_order'])
+def test_against_the_reconstructor(levels, traversal):
+    model, teacher, inputs = toy(images=8)
+    chain = chain_of(model)
+    schedule = build_schedule(chain, levels, traversal)
+    reconstructor = ChainReconstructor(
+        chain, chain_of(teacher), stream(inputs), stream(inputs), torch.device('cpu'), 2, 0)
+    held = []
+
+    def measure(_):
+        held.append(sum(t.numel() for streams in (reconstructor.quantized, reconstructor.floating)
+                        for s in streams.values() for state in s.states for t in state.tensors))
+
+    reconstructor.run(schedule, lambda level: UnitConfig(iters=1, batch_size=2),
+                      Stage(1, True, True, ()), on_unit_start=measure, on_unit_end=measure)
+    sizes, sides = memory.boundary_sizes(chain, State((torch.cat(inputs, 1), )))
+    estimate = memory.peak_elements(schedule, sizes, sides)
+    assert max(held) <= estimate <= max(held) + sizes[0]  # the outputs in work come on top
+
+
+def test_scales_with_area_and_rois(quantized):
+    chains, _ = part_chains(quantized)
+    schedules = {part: build_schedule(chain, ['leaf', 'chain']) for part, chain in chains.items()}
+    rois = dict(proposals=6, detections=2)
+
+    def count(pixels, images):
+        return memory.stream_elements(quantized, chains, schedules, pixels, images, rois)
+
+    one, two = count(100 * 100, 1), count(2 * 100 * 100, 2)
+    assert set(one) == set(chains)
+    for part in chains:
+        assert two[part] == pytest.approx(2 * one[part], rel=1e-3) and one[part] > 0
+    bigger = count(2 * 100 * 100, 1)
+    assert bigger['neck'] == two['neck'] and bigger['roi_head.bbox_head'] == one[
+        'roi_head.bbox_head']
+
+
+def test_shapes_are_the_streams(quantized, images):
+    """The sample that stands in for images has the shapes of the real streams."""
+    inputs = torch.zeros_like(images[0][0])
+    rois = dict(proposals=3, detections=2)
+    boxes = torch.tensor([[0., 0, 30, 30], [5, 5, 20, 20], [1, 1, 9, 9]])
+    for part, kept in (('roi_head.bbox_head', boxes), ('roi_head.mask_head', boxes[:2])):
+        real = roi.roi_stream(quantized, part, images[:1], [kept])
+        sample = roi.sample_state(quantized, part, inputs, rois)
+        assert [t.shape for t in sample.tensors] == [t.shape for t in real.states[0].tensors]
+    for part, real in (('neck', roi.backbone_stream), ('rpn_head', roi.feature_stream)):
+        sample = roi.sample_state(quantized, part, inputs, rois)
+        expected = real(quantized, images[:1]).states[0].tensors
+        assert [t.shape for t in sample.tensors] == [t.shape for t in expected]
