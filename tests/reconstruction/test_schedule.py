@@ -6,7 +6,9 @@ from torch import nn
 
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models import Chain, Leaf, QuantConfig, convert, part_chains
+from pfcr_mm.models.backbones import TimmViT
 from pfcr_mm.models.swin import swin_chain
+from pfcr_mm.models.vit import vit_chain
 from pfcr_mm.reconstruction import build_schedule, traversal_string, units_of
 
 ALL = ['leaf', 'block', 'pair', 'stage', 'backbone']
@@ -125,3 +127,57 @@ def test_unknown_level_and_traversal(chain):
         build_schedule(chain, ['leaf', 'blok'], key='quantize_cfg.levels')
     with pytest.raises(UsageError, match="traversal='random' is not known.*post_order"):
         build_schedule(chain, ['leaf'], 'random')
+
+
+# --- plain ViTs: quads, or groups that end with a global block -----------------
+
+VIT_LEVELS = ['leaf', 'block', 'pair', 'quad', 'group', 'double', 'backbone']
+VIT_POST_ORDER = (
+    'E1 A1 M1 B1 A2 M2 B2 P1 A3 M3 B3 A4 M4 B4 P2 Q1 '
+    'A5 M5 B5 A6 M6 B6 P3 A7 M7 B7 A8 M8 B8 P4 Q2 '
+    'A9 M9 B9 A10 M10 B10 P5 A11 M11 B11 A12 M12 B12 P6 Q3 ALL')
+VITDET_POST_ORDER = (
+    'E1 A1 M1 B1 A2 M2 B2 P1 A3 M3 B3 G1 A4 M4 B4 A5 M5 B5 P2 A6 M6 B6 G2 GG1 '
+    'A7 M7 B7 A8 M8 B8 P3 A9 M9 B9 G3 A10 M10 B10 A11 M11 B11 P4 A12 M12 B12 G4 GG2 ALL')
+VITDET_LEVEL_ORDER = (
+    'E1 A1 M1 A2 M2 A3 M3 A4 M4 A5 M5 A6 M6 A7 M7 A8 M8 A9 M9 A10 M10 A11 M11 A12 M12 '
+    'B1 B2 B3 B4 B5 B6 B7 B8 B9 B10 B11 B12 P1 P2 P3 P4 G1 G2 G3 G4 GG1 GG2 ALL')
+
+
+def vit(depth=12, **kwargs):
+    """The chain of a ViT-B, in narrow."""
+    model = nn.Sequential(TimmViT(
+        'vit_base_patch16_224', timm_args=dict(depth=depth, embed_dim=8, num_heads=2), **kwargs))
+    convert(model, QuantConfig())
+    return vit_chain(model[0])
+
+
+def test_golden_plain_vit():
+    assert traversal_string(build_schedule(vit(), VIT_LEVELS)) == VIT_POST_ORDER
+
+
+def test_golden_vit_with_global_blocks():
+    chain = vit(window_size=2, global_blocks=(2, 5, 8, 11))
+    assert traversal_string(build_schedule(chain, VIT_LEVELS)) == VITDET_POST_ORDER
+    assert traversal_string(build_schedule(chain, VIT_LEVELS, 'level_order')) == VITDET_LEVEL_ORDER
+
+
+@pytest.mark.parametrize('kwargs, expected', [
+    (dict(window_size=2), 'P1 P2 Q1 P3 ALL'),
+    (dict(window_size=2, global_blocks=range(6)), 'P1 P2 Q1 P3 ALL'),
+    (dict(global_blocks=(2, 5)), 'P1 P2 Q1 P3 ALL'),
+    (dict(window_size=2, global_blocks=(5, )), 'P1 P2 P3 G1 ALL'),
+    (dict(window_size=2, global_blocks=(3, )), 'P1 P2 G1 P3 G2 GG1 ALL'),
+], ids=['windows', 'all global', 'no windows', 'one group', 'blocks behind the last global'])
+def test_groups_of_other_patterns(kwargs, expected):
+    units = build_schedule(vit(6, **kwargs), VIT_LEVELS[2:])
+    assert traversal_string(units) == expected
+
+
+def test_names_of_groups():
+    chain = vit(window_size=2, global_blocks=(2, 5, 8, 11))
+    names = {u.label: u.name for u in build_schedule(chain, VIT_LEVELS)}
+    assert names['E1'] == 'backbone.patch_embed' and names['M4'] == 'backbone.blocks.3.mlp'
+    assert names['P2'] == 'backbone.blocks.3-4' and names['G2'] == 'backbone.blocks.3-5'
+    assert names['GG2'] == 'backbone.blocks.6-11' and names['ALL'] == 'backbone'
+    assert len(set(names.values())) == len(names)
