@@ -22,11 +22,7 @@ from .registry import RUNNERS
 
 def quant_main(argv=None):
     """tools/quant.py. Returns the exit code: 0, or 2 for a mistake of the user's."""
-    parser = _parser('Quantize a detector with PFCR and measure box and mask AP.', 'quant.py')
-    parser.add_argument('checkpoint', nargs='?', help='float checkpoint (default: load_from)')
-    parser.add_argument('--dry-run', action='store_true',
-                        help='print the plan and stop; needs neither data nor checkpoint')
-    args = parser.parse_args(argv)
+    args = _quant_arguments(argv)
 
     def run():
         if args.dry_run:
@@ -39,6 +35,11 @@ def quant_main(argv=None):
             runner.quantize()
 
     return _guarded('quant.py', run)
+
+
+def quant_config(argv):
+    """The config that tools/quant.py runs, given its arguments; raises UsageError."""
+    return _read_config(_quant_arguments(argv))
 
 
 def test_main(argv=None):
@@ -66,6 +67,14 @@ def test_main(argv=None):
                 print(f'{key}: {value:.4f}')
 
     return _guarded('test.py', run)
+
+
+def _quant_arguments(argv):
+    parser = _parser('Quantize a detector with PFCR and measure box and mask AP.', 'quant.py')
+    parser.add_argument('checkpoint', nargs='?', help='float checkpoint (default: load_from)')
+    parser.add_argument('--dry-run', action='store_true',
+                        help='print the plan and stop; needs neither data nor checkpoint')
+    return parser.parse_args(argv)
 
 
 def _dry_run(args):

@@ -1,49 +1,102 @@
-"""Run configs over seeds and collect AP in a CSV, one row a run.
+"""Run configs over seeds, collect AP in a CSV, and print a table.
 
     python tools/benchmark.py CONFIG [CONFIG ...] --seeds 0 1 2 --out results/demo.csv
 
-Each run goes to work_dirs/benchmark/CONFIG_seedN; a run whose report is there
-already is not repeated. Columns: config, weight_bits, activation_bits, seed,
-iterations (of all units), then box and mask AP of the float, the calibrated and the
-quantized model, seconds.
+Each run is a process of its own in work_dirs/benchmark/CONFIG_seedN. A run whose report
+is there is not repeated, unless its config has changed since. A run that fails is told
+in one line, the others go on, and the exit code is 1. --no-run only collects reports.
+
+Columns: config, weight_bits, activation_bits, seed, iterations (of all units), then box
+and mask AP of the float, the calibrated and the quantized model, seconds. Rows of other
+configs that the CSV holds already stay.
 """
 import argparse
 import csv
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
-from pfcr_mm.cli import quant_main
+from pfcr_mm.cli import quant_config
+from pfcr_mm.engine.fingerprint import fingerprint
 from pfcr_mm.engine.hooks.report import write_text
+from pfcr_mm.errors import UsageError
 
+QUANT = Path(__file__).with_name('quant.py')
 STATES = ('float', 'calibrated', 'quantized')
 METRICS = ('bbox_mAP', 'segm_mAP')
+COLUMNS = ('config', 'weight_bits', 'activation_bits', 'seed', 'iterations',
+           *(f'{state}_{metric}' for state in STATES for metric in METRICS), 'seconds')
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('configs', nargs='+', help='configs with quantize_cfg')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--out', required=True, help='CSV to write')
     parser.add_argument('--work-dir', default='work_dirs/benchmark', help='folder of the runs')
+    parser.add_argument('--no-run', action='store_true', help='collect the reports that are there')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='passed on to quant.py')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    rows = []
-    for config in args.configs:
-        for seed in args.seeds:
-            folder = Path(args.work_dir) / f'{Path(config).stem}_seed{seed}'
-            report = folder / 'report.json'
-            if not report.exists():
-                code = quant_main([
-                    config, '--work-dir', str(folder), '--cfg-options',
-                    f'randomness.seed={seed}', *args.cfg_options])
-                if code:
-                    return code
-            rows.append(row(Path(config).stem, json.loads(report.read_text())))
-            write_csv(rows, Path(args.out))
-    return 0
+    runs = [(config, seed) for config in args.configs for seed in args.seeds]
+    out = Path(args.out)
+    named = {(Path(config).stem, str(seed)) for config, seed in runs}
+    kept = [r for r in read_csv(out) if (r['config'], r['seed']) not in named]
+    rows, failed = [], 0
+    for config, seed in runs:
+        name = f'{Path(config).stem} seed {seed}'
+        folder = Path(args.work_dir) / f'{Path(config).stem}_seed{seed}'
+        arguments = [config, '--work-dir', str(folder), '--cfg-options',
+                     f'randomness.seed={seed}', *args.cfg_options]
+        try:
+            report = done(folder, arguments)
+            if report is None and not args.no_run:
+                print(f'benchmark: {name}: running', flush=True)
+                run(arguments, folder)
+                report = done(folder, arguments)
+                if report is None:
+                    raise RuntimeError('it ended without a report of this config')
+        except (UsageError, RuntimeError, OSError) as error:
+            failed += 1
+            print(f'benchmark: {name}: failed: {error}', file=sys.stderr, flush=True)
+            continue
+        if report is None:
+            print(f'benchmark: {name}: not done', flush=True)
+            continue
+        rows.append(row(Path(config).stem, report))
+        write_csv(kept + rows, out)
+    print('\n'.join(table(rows)))
+    if failed:
+        print(f'benchmark: {failed} of {len(runs)} runs failed', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def done(folder, arguments):
+    """The report of a finished run, or None where it is missing or of another config."""
+    expected = fingerprint(quant_config(arguments))
+    try:
+        report = json.loads((folder / 'report.json').read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return report if report.get('config') == expected else None
+
+
+def run(arguments, folder):
+    """Quantize in a new process; RuntimeError with one line where it fails.
+
+    Whatever it says on stderr stays in `stderr.txt` of the run's folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / 'stderr.txt').open('w+') as stderr:
+        code = subprocess.run([sys.executable, str(QUANT), *arguments], stderr=stderr).returncode
+        stderr.seek(0)
+        lines = [line.strip() for line in stderr if line.strip()]
+    if code < 0:
+        raise RuntimeError(f'killed by signal {-code} (out of memory?)')
+    if code:
+        raise RuntimeError(lines[-1] if lines else f'exit code {code}')
 
 
 def row(name, report):
@@ -57,14 +110,57 @@ def row(name, report):
         seconds=round(report['seconds']))
 
 
+def read_csv(path):
+    """Rows of an earlier CSV, as strings; none where there is no such file."""
+    if not path.exists():
+        return []
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
 def write_csv(rows, path):
     """Write all rows; the file is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator='\n')
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def table(rows):
+    """A Markdown table, a line a config: mean and range over seeds, share of the float AP.
+
+    Args:
+        rows (list[dict]): from `row`.
+
+    Returns:
+        list[str]: lines; box and mask AP in percent.
+    """
+    lines = ['| config | bits | seeds | | box AP | mask AP |', '|---|---|---|---|---|---|']
+    for name in dict.fromkeys(r['config'] for r in rows):
+        group = [r for r in rows if r['config'] == name]
+        bits = f"W{group[0]['weight_bits']}A{group[0]['activation_bits']}"
+        for state, label in zip(STATES, ('float', 'calibrated only', 'PFCR')):
+            cells = [_cell(group, state, metric) for metric in METRICS]
+            if any(cell != '-' for cell in cells):
+                lines.append(f'| {name} | {bits} | {len(group)} | {label} | '
+                             f'{cells[0]} | {cells[1]} |')
+    return lines
+
+
+def _cell(rows, state, metric):
+    values = [100 * r[f'{state}_{metric}'] for r in rows if r[f'{state}_{metric}'] is not None]
+    if not values:
+        return '-'
+    mean = sum(values) / len(values)
+    text = f'{mean:.1f}'
+    if max(values) > min(values):
+        text += f' [{min(values):.1f}..{max(values):.1f}]'
+    reference = [100 * r[f'float_{metric}'] for r in rows if r[f'float_{metric}']]
+    if state != 'float' and reference:
+        text += f' ({100 * mean * len(reference) / sum(reference):.1f}%)'
+    return text
 
 
 if __name__ == '__main__':

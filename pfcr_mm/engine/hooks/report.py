@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 
 from ...models.manifest import build_manifest
 from ...registry import HOOKS
+from ..fingerprint import fingerprint
 from ..loops import CHECKPOINT, peak_memory_mb
 
 _STATES = (('float', 'float'), ('calibrated', 'calibrated only'), ('quantized', 'PFCR'))
@@ -54,6 +55,7 @@ def build_report(runner):
             images=len(loop.images),
             split='own dataset' if loop.calibration['dataset'] else 'train'),
         seed=loop.seed,
+        config=fingerprint(runner.cfg),
         pos=loop.pos.mode,
         phases=loop.phases,
         notes=loop.notes,

@@ -1,0 +1,18 @@
+"""Which config a result belongs to."""
+import hashlib
+import json
+
+# What says where and how a run is made, and not what is run.
+_CIRCUMSTANCES = ('work_dir', 'launcher', 'allow_pickle', 'log_level', 'log_processor',
+                  'visualizer', 'vis_backends', 'quantize_hooks', 'default_hooks')
+
+
+def fingerprint(cfg):
+    """Sixteen hex digits that change with every key of a config that may change the result.
+
+    Args:
+        cfg (Config): whole, as the runner gets it; the seed is one of its keys.
+    """
+    content = {k: v for k, v in cfg.to_dict().items() if k not in _CIRCUMSTANCES}
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
