@@ -23,7 +23,7 @@ setup(
         'onedl-mmcv>=2.3.6',
         'onedl-mmdetection>=3.5.1',
         'pycocotools',
-        'timm>=1.0',
+        'timm>=1.0.31',
         'torchvision',
     ],
     extras_require={

@@ -1,11 +1,12 @@
-"""Train a float detector with MMEngine's stock Runner (used for the demo detector)."""
+"""Train a float detector with MMEngine's stock Runner (the detectors that ship as configs)."""
 import argparse
+import sys
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-import pfcr_mm  # noqa: F401  registers the `pfcr_mm` scope
+from pfcr_mm.errors import UsageError  # importing the package registers its scope
 
 
 def main():
@@ -20,8 +21,13 @@ def main():
     cfg.work_dir = args.work_dir or cfg.get('work_dir', './work_dirs/train')
     # -100 masks give denormal attention weights, which slow a CPU down
     torch.set_flush_denormal(True)
-    Runner.from_cfg(cfg).train()
+    try:
+        Runner.from_cfg(cfg).train()
+    except UsageError as error:
+        print(f'train.py: error: {error}', file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

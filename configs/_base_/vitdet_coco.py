@@ -1,6 +1,7 @@
 """What ViTDet's detectors share on COCO: images in 1024x1024, padded; groups of blocks as units."""
 _base_ = [
-    'mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/default_runtime.py', './pfcr.py'
+    'mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py',
+    'mmdet::_base_/default_runtime.py', './pfcr.py'
 ]
 
 test_pipeline = [
@@ -13,8 +14,6 @@ test_pipeline = [
 ]
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
 
 # two windowed blocks and a global one are a group, two groups a double
 quantize_cfg = dict(

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from test_reparam import scale_channels, worst
@@ -122,6 +123,21 @@ def test_a_mask_is_refused():
     convert(nn.Sequential(model), QuantConfig())
     with pytest.raises(ValueError, match='mask is not supported'):
         model.blocks[0](torch.randn(1, 4, 32), attn_mask=torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize('sizes', [[(64, 64), (150, 40), (33, 90)], [(20, 20)]],
+                         ids=['different sizes', 'smaller than a window'])
+def test_images_of_any_size_in_a_batch(vit, sizes):
+    samples = [DetDataSample(metainfo=dict(img_shape=s, ori_shape=s, scale_factor=(1.0, 1.0)))
+               for s in sizes]
+    pixels = [torch.randint(0, 255, (3, *s), dtype=torch.uint8) for s in sizes]
+    data = vit.data_preprocessor(dict(inputs=pixels, data_samples=samples), False)
+    found = vit.predict(data['inputs'], data['data_samples'])
+    assert len(found) == len(sizes)
+    for sample, (height, width) in zip(found, sizes):
+        boxes = sample.pred_instances.bboxes
+        assert boxes.isfinite().all() and sample.pred_instances.masks.shape[1:] == (height, width)
+        assert (boxes <= torch.tensor([width, height, width, height])).all()
 
 
 # --- census -------------------------------------------------------------------

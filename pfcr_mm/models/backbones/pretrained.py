@@ -26,8 +26,7 @@ def load_pretrained(vit, source):
     Raises:
         UsageError: nothing to be had there, or weights of another model.
     """
-    state = _download(vit.model_name) if source is True else \
-        read_checkpoint(source)['state_dict']
+    state = _download(vit.model_name) if source is True else _read(source)
     own = vit.state_dict()
     state = {_own_name(key): value for key, value in state.items()}
     if 'pos_embed' in own and 'pos_embed' in state:
@@ -60,6 +59,13 @@ def _fit_positions(vit, embedding):
     fitted = own.detach().clone()
     fitted[:, -patches.shape[1]:] = patches
     return fitted
+
+
+def _read(path):
+    try:
+        return read_checkpoint(path)['state_dict']
+    except UsageError as error:
+        raise UsageError(f'backbone.pretrained: {error}') from None
 
 
 def _download(model_name):

@@ -264,7 +264,7 @@ def test_weights_of_another_model(classifier, tmp_path, how, message):
 
 
 def test_weights_that_are_not_there(tmp_path):
-    with pytest.raises(UsageError, match='is not there'):
+    with pytest.raises(UsageError, match='backbone.pretrained: checkpoint .*no.pth is not there'):
         build(pretrained=str(tmp_path / 'no.pth')).init_weights()
 
 
