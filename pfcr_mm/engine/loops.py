@@ -191,8 +191,10 @@ class PFCRLoop(BaseLoop):
         for stage in self.pos.stages(self.levels or self.head_levels):
             self.schedules[stage.number] = self._schedules(stage)
             if self.levels and not any(self.schedules[stage.number].values()):
-                self.note(f'POS stage {stage.number} has no units: its levels {stage.levels} are '
-                          f'not in quantize_cfg.levels {self.levels}')
+                chained = any(fnmatchcase(part, p) for part in self.chains for p in stage.parts)
+                why = (f'its levels {stage.levels} are not in quantize_cfg.levels {self.levels}'
+                       if chained else f'its parts {stage.parts} have no chain')
+                self.note(f'POS stage {stage.number} has no units: {why}')
 
     def _count(self, sizes):
         """Take note of the calibration images' sizes (H, W)."""

@@ -55,7 +55,7 @@ class QuantRunner(Runner):
         loop = LOOPS.get(self.cfg.quantize_cfg.get('type', 'pfcr_mm.PFCRLoop'))
         known = inspect.signature(loop).parameters if loop is not None else ()
         for key in self.cfg.quantize_cfg if known else ():
-            if key != 'type' and key not in known:
+            if key not in ('type', '_scope_') and key not in known:  # MMEngine adds scopes
                 raise UsageError(
                     f'quantize_cfg.{key} is not a known key; choose of '
                     f"{[name for name in known if name != 'runner']}")

@@ -195,9 +195,11 @@ def save_quantized(detector, path, meta):
         int: size in bytes.
     """
     state = {k: v for k, v in detector.state_dict().items() if not DERIVED.match(k)}
-    for name, module in detector.named_modules():
-        if isinstance(module, QuantLayer) and module.hardened:
-            state[f'{name}.weight_packed'] = module.packed_weight()
+    packed = {m: m.packed_weight() for m in detector.modules()
+              if isinstance(m, QuantLayer) and m.hardened}
+    for name, module in detector.named_modules(remove_duplicate=False):
+        if module in packed:
+            state[f'{name}.weight_packed'] = packed[module]
             del state[f'{name}.weight']
     # zero points are integers from 0 to 255
     state = {k: v.to(torch.uint8) if k.endswith('.zero_point') else v for k, v in state.items()}
@@ -223,25 +225,27 @@ def save_atomically(content, path):
 
 
 def _share_storage(state):
-    """The same tensors as views of one flat tensor a dtype."""
-    flat, views = {}, {}
+    """The same tensors as views of one flat tensor a dtype; what is shared stays shared."""
+    views = {}
     for dtype in {v.dtype for v in state.values()}:
         keys = [k for k, v in state.items() if v.dtype == dtype]
-        flat[dtype] = torch.cat([state[k].detach().cpu().flatten() for k in keys])
-        offset = 0
-        for key in keys:
-            size = state[key].numel()
-            views[key] = flat[dtype][offset:offset + size].view(state[key].shape)
-            offset += size
+        unique = {_place(state[k]): state[k] for k in keys}
+        flat = torch.cat([v.detach().cpu().flatten() for v in unique.values()])
+        parts = flat.split([v.numel() for v in unique.values()])
+        found = {place: part.view(v.shape) for (place, v), part in zip(unique.items(), parts)}
+        views.update({k: found[_place(state[k])] for k in keys})
     return {key: views[key] for key in state}
+
+
+def _place(tensor):
+    """Equal for tensors that are one and the same memory; empty tensors have none."""
+    return tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride()
 
 
 def _created_keys(detector):
     """State that conversion adds and a float checkpoint cannot have."""
-    created = {n for n, _ in detector.named_buffers() if n.endswith('.pad_value')}
-    created |= detector.created_biases
-    created |= {n for n, _ in detector.named_parameters() if '_quantizer.' in n}
-    return created | {n for n, _ in detector.named_buffers() if '_quantizer.' in n}
+    return detector.created_biases | {
+        key for key in detector.state_dict() if '_quantizer.' in key or key.endswith('.pad_value')}
 
 
 def _download(url):

@@ -4,6 +4,7 @@ from fnmatch import fnmatchcase
 
 from mmcv.cnn.bricks import wrappers
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..errors import UsageError
 from ..modules import Matmul, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatmul
@@ -11,8 +12,14 @@ from ..quantizers import QuantizerSpec, build_rounding
 from ..quantizers.spec import check_bits
 from ..registry import CONVERTERS, QUANTIZERS, ROUNDINGS, lookup
 
-# Predictors of mmdet's two-stage heads: the last layers of a detector.
-LAST_LAYERS = ('*.rpn_cls', '*.rpn_reg', '*.fc_cls', '*.fc_reg', '*.conv_logits')
+# Predictors of mmdet's heads, two-stage and dense: the last layers of a detector.
+LAST_LAYERS = (
+    '*.rpn_cls', '*.rpn_reg', '*.fc_cls', '*.fc_reg', '*.conv_logits', '*.retina_cls',
+    '*.retina_reg', '*.conv_cls', '*.conv_reg', '*.conv_centerness', '*.atss_cls', '*.atss_reg',
+    '*.atss_centerness', '*.gfl_cls', '*.gfl_reg', '*.rtm_cls', '*.rtm_reg', '*.rtm_cls.*',
+    '*.rtm_reg.*')
+# The module reads its own weights and those of its output projection without calling it.
+_FUSED = 'nn.MultiheadAttention computes in one piece; it stays float'
 _OVERRIDE_KEYS = ('pattern', 'weight_bits', 'activation_bits')
 
 
@@ -148,7 +155,8 @@ _LAYERS = (
 def convert(model, quant):
     """Swap layers and attentions of `model` in place.
 
-    Names, Parameters and float behaviour stay; all quantizers start off.
+    Names, Parameters and float behaviour stay; all quantizers start off. A layer that has
+    several names is swapped under each, and stays one layer; its first name counts.
 
     Args:
         model (nn.Module): a float model.
@@ -163,13 +171,16 @@ def convert(model, quant):
     """
     census = []
     ends = _end_layers(model)
-    for name, module in list(model.named_modules()):
+    names_of = {}  # heads that share convolutions over levels have them under several names
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(module, []).append(name)
+    for module, (name, *aliases) in names_of.items():
         converter = CONVERTERS.find(module)
         if converter is not None:
             records = converter(module, name, quant)
             census.extend(records)
             continue
-        record = _convert_layer(model, name, module, quant, name in ends)
+        record = _convert_layer(model, name, aliases, module, quant, name in ends)
         if record is not None:
             census.append(record)
     _check_patterns(quant, [record.name for record in census])
@@ -198,8 +209,10 @@ def quantize_matmuls(attention, name, quant):
     return records
 
 
-def _convert_layer(model, name, module, quant, is_end):
+def _convert_layer(model, name, aliases, module, quant, is_end):
     kind = type(module).__name__
+    if isinstance(module, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):
+        return LayerRecord(name, kind, skipped_reason=_FUSED)
     reason = quant.skip_reason(name)
     for float_type, quant_type, plain_forwards in _LAYERS:
         if not isinstance(module, float_type):
@@ -212,8 +225,9 @@ def _convert_layer(model, name, module, quant, is_end):
         layer = quant_type.from_float(
             module, weight_bits, activation_bits, quant.rounding, quant.weight_symmetric,
             quant.activation_symmetric)
-        parent, _, child = name.rpartition('.')
-        setattr(model.get_submodule(parent), child, layer)
+        for path in (name, *aliases):
+            parent, _, child = path.rpartition('.')
+            setattr(model.get_submodule(parent), child, layer)
         return LayerRecord(name, float_type.__name__, weight_bits, activation_bits)
     weights = [p for p in module._parameters.values() if p is not None and p.dim() >= 2]
     if weights and not _holds_table(module):

@@ -12,24 +12,34 @@ from .chain import Chain, Leaf, State
 def fpn_chain(fpn):
     """Two leaves: the lateral convolutions; the output convolutions after the top-down sum.
 
-    Input: the backbone's maps. Output: all FPN levels.
+    Input: the backbone's maps. Output: all FPN levels. Extra levels are pooled from the
+    last, or convolved from the backbone's last map (which the first leaf then hands on),
+    the last lateral map or the last output.
     """
-    if fpn.add_extra_convs:
-        return None  # the extra levels read from elsewhere; handled by calibration only
+    levels = len(fpn.lateral_convs)
+    extra_convs = fpn.fpn_convs[levels:]
+    hands_on = len(extra_convs) > 0 and fpn.add_extra_convs == 'on_input'
 
     def lateral(state):
-        maps = state.tensors[fpn.start_level:fpn.start_level + len(fpn.lateral_convs)]
-        return State(tuple(conv(x) for conv, x in zip(fpn.lateral_convs, maps))), ()
+        maps = state.tensors[fpn.start_level:fpn.start_level + levels]
+        kept = (state.tensors[fpn.backbone_end_level - 1], ) if hands_on else ()
+        return State(tuple(conv(x) for conv, x in zip(fpn.lateral_convs, maps)) + kept), ()
 
     def output(state):
-        maps = list(state.tensors)
-        for i in range(len(maps) - 1, 0, -1):
+        maps = list(state.tensors[:levels])
+        for i in range(levels - 1, 0, -1):
             size = {} if 'scale_factor' in fpn.upsample_cfg else dict(size=maps[i - 1].shape[2:])
             maps[i - 1] = maps[i - 1] + F.interpolate(maps[i], **size, **fpn.upsample_cfg)
-        maps = [conv(x) for conv, x in zip(fpn.fpn_convs, maps)]
-        while len(maps) < fpn.num_outs:
-            maps.append(F.max_pool2d(maps[-1], 1, stride=2))
-        return State(tuple(maps)), ()
+        outputs = [conv(x) for conv, x in zip(fpn.fpn_convs, maps)]
+        source = dict(
+            on_input=state.tensors[-1], on_lateral=maps[-1]).get(fpn.add_extra_convs, outputs[-1])
+        for number, conv in enumerate(extra_convs):
+            if number > 0:
+                source = outputs[-1].relu() if fpn.relu_before_extra_convs else outputs[-1]
+            outputs.append(conv(source))
+        while len(outputs) < fpn.num_outs:
+            outputs.append(F.max_pool2d(outputs[-1], 1, stride=2))
+        return State(tuple(outputs)), ()
 
     return Chain('neck', [
         Leaf('lateral_convs', lateral, tuple(fpn.lateral_convs)),

@@ -9,6 +9,7 @@ from tiny_models import predict
 
 from pfcr_mm.models import part_chains
 from pfcr_mm.modules import set_quantization
+from pfcr_mm.registry import CHAINS
 
 
 def test_type_alone_imports_what_it_needs(build_quantized):
@@ -71,14 +72,24 @@ def test_part_chains(build_quantized):
     assert without == {}
 
 
-def test_a_part_without_a_chain_says_why(tiny_config):
+@pytest.mark.parametrize('build, reason', [
+    (None, 'no chain is registered for FPN'),
+    (lambda fpn: None, 'this FPN has layers that its chain does not know'),
+], ids=['not registered', 'not known'])
+def test_a_part_without_a_chain_says_why(build, reason, build_quantized, monkeypatch):
+    find = CHAINS.find
+    monkeypatch.setattr(
+        CHAINS, 'find', lambda m: build if type(m).__name__ == 'FPN' else find(m))
+    chains, without = part_chains(build_quantized())
+    assert 'neck' not in chains and without == {'neck': reason}
+
+
+def test_extra_levels_have_a_chain(tiny_config):
     config = copy.deepcopy(tiny_config)
     config.neck.add_extra_convs = 'on_input'
     arch = config.pop('type')
     detector = MODELS.build(dict(type='pfcr_mm.QuantDetector', arch=arch, quant={}, **config))
-    chains, without = part_chains(detector)
-    assert 'neck' not in chains
-    assert without == {'neck': 'this FPN has layers that its chain does not know'}
+    assert 'neck' in part_chains(detector)[0]
 
 
 def test_a_subclass_with_its_own_forward_has_no_chain(tiny_config):

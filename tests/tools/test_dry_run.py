@@ -50,6 +50,26 @@ def test_every_coco_config(config, alone, capsys):
     assert f'up to {"1024x1024" if "vit" in config.stem else "1344x800"} pixels' in plan
 
 
+def test_a_users_own_detector(alone, capsys):
+    """The README's recipe, on a detector most of which has no chain."""
+    config = alone / 'mine.py'
+    config.write_text(
+        "_base_ = ['mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py', 'pfcr_mm::_base_/pfcr.py']\n"
+        "model = dict(type='pfcr_mm.QuantDetector', arch='RetinaNet',\n"
+        "             quant=dict(weight_bits=4, activation_bits=4))\n")
+    assert quant_main([str(config), '--dry-run']) == 0
+    out = capsys.readouterr().out
+    assert "POS stage 1 has no units: its parts ('backbone',) have no chain" in out
+    plan = [line.strip() for line in out.splitlines()]
+    assert any(line.startswith('stage 2 neck: 3 units') for line in plan)
+    for part, kind in (('backbone', 'PyramidVisionTransformer'), ('bbox_head', 'RetinaHead')):
+        assert f'{part}: calibrated only (no chain is registered for {kind})' in plan
+    # every attention of the backbone in one line
+    assert [line for line in plan if line.startswith('skipped')] == [
+        'skipped backbone.layers.0.1.1.attn.attn and 15 more: nn.MultiheadAttention computes in '
+        'one piece; it stays float']
+
+
 def test_a_wrong_key_is_told_all_the_same(alone, capsys):
     config = str(CONFIGS / 'pfcr_maskrcnn_swin_t_w4a4.py')
     assert quant_main([config, '--dry-run', '--cfg-options', 'quantize_cfg.parts=[hed]']) == 2
