@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 import warnings
@@ -28,11 +29,13 @@ def quant_main(argv=None):
         if args.dry_run:
             _dry_run(args)
             return
+        from .engine.lock import WorkDirLock
         cfg = _read_config(args)
+        cfg.resume = args.resume or bool(cfg.get('resume', False))
         _check_data(cfg, calibrates=True)
-        runner = _build_runner(cfg)
-        with _damage_told(runner.cfg):
-            runner.quantize()
+        _make_work_dir(cfg)
+        with WorkDirLock(cfg.work_dir), _damage_told(cfg):
+            _build_runner(cfg).quantize()
 
     return _guarded('quant.py', run)
 
@@ -74,6 +77,8 @@ def _quant_arguments(argv):
     parser.add_argument('checkpoint', nargs='?', help='float checkpoint (default: load_from)')
     parser.add_argument('--dry-run', action='store_true',
                         help='print the plan and stop; needs neither data nor checkpoint')
+    parser.add_argument('--resume', action='store_true',
+                        help='go on where an unfinished run in the same work dir was')
     return parser.parse_args(argv)
 
 
@@ -152,11 +157,19 @@ def _read_config(args):
     return cfg
 
 
-def _build_runner(cfg):
+def _make_work_dir(cfg):
     try:
         os.makedirs(cfg.work_dir, exist_ok=True)
     except OSError as error:
         raise UsageError(f'work dir {cfg.work_dir} cannot be made: {error.strerror}') from None
+
+
+def _build_runner(cfg):
+    _make_work_dir(cfg)
+    return cfg
+
+
+def _build_runner(cfg):
     from .engine import QuantRunner
     runner_type = RUNNERS.get(cfg.get('runner_type', 'pfcr_mm.QuantRunner'))
     if runner_type is None or not issubclass(runner_type, QuantRunner):
@@ -201,7 +214,12 @@ def _guarded(program, run):
     try:
         run()
     except UsageError as error:
-        return _refuse(program, error)
+        return _refuse(program, error, error.exit_code)
+    except KeyboardInterrupt as stop:  # or `Stopped`, which says by what
+        signum = signal.Signals(getattr(stop, 'signum', signal.SIGINT))
+        more = ('; the same command with --resume goes on after the last unit that was finished'
+                if program == 'quant.py' else '')
+        return _refuse(program, f'stopped by {signum.name}{more}', 128 + signum)
     except KeyError as error:  # a misspelt `type` anywhere in the config
         if not re.search(r'is not in the \S+ registry', str(error)):
             raise
@@ -209,9 +227,9 @@ def _guarded(program, run):
     return 0
 
 
-def _refuse(program, message):
+def _refuse(program, message, code=2):
     print(f'{program}: error: {" ".join(str(message).split())}', file=sys.stderr)
-    return 2
+    return code
 
 
 if __name__ == '__main__':

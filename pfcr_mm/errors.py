@@ -1,4 +1,4 @@
-"""The error that a user's mistake ends in."""
+"""The errors that the tools tell in one line."""
 
 
 class UsageError(ValueError):
@@ -6,3 +6,14 @@ class UsageError(ValueError):
 
     The tools print it without a traceback and exit with code 2.
     """
+
+    exit_code = 2
+
+
+class FaultError(UsageError):
+    """What failed around us: a full disk, no memory, a dead worker. Also one line.
+
+    The config is fine, the same command may work later: the exit code is 1.
+    """
+
+    exit_code = 1

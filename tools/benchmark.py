@@ -20,8 +20,8 @@ from pathlib import Path
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.fingerprint import fingerprint
-from pfcr_mm.engine.hooks.report import write_text
 from pfcr_mm.errors import UsageError
+from pfcr_mm.files import write_atomically
 
 QUANT = Path(__file__).with_name('quant.py')
 STATES = ('float', 'calibrated', 'quantized')
@@ -125,7 +125,7 @@ def write_csv(rows, path):
     writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 def table(rows):

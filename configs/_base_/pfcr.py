@@ -30,4 +30,5 @@ quantize_hooks = [
     dict(type='pfcr_mm.UnitLogHook'),
     dict(type='pfcr_mm.ExpectedMetricsHook'),
     dict(type='pfcr_mm.ReportHook'),
+    dict(type='pfcr_mm.UnitCheckpointHook', interval=0),
 ]

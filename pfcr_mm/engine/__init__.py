@@ -1,9 +1,17 @@
 """MMEngine citizens: the runner, the loop, the hooks."""
-from .hooks import ExpectedMetricsHook, ManifestGuardHook, ProgressHook, ReportHook, UnitLogHook
+from .hooks import (
+    ExpectedMetricsHook,
+    ManifestGuardHook,
+    ProgressHook,
+    ReportHook,
+    UnitCheckpointHook,
+    UnitLogHook,
+)
 from .loops import PFCRLoop
 from .runner import QuantRunner
+from .signals import Stopped
 
 __all__ = [
     'ExpectedMetricsHook', 'ManifestGuardHook', 'PFCRLoop', 'ProgressHook', 'QuantRunner',
-    'ReportHook', 'UnitLogHook'
+    'ReportHook', 'Stopped', 'UnitCheckpointHook', 'UnitLogHook'
 ]

@@ -5,9 +5,6 @@ schedule -> heads -> harden -> evaluate -> save.
 """
 import copy
 import io
-import resource
-import sys
-import time
 from contextlib import redirect_stdout
 from fnmatch import fnmatchcase
 
@@ -33,6 +30,9 @@ from ..reconstruction.calibrate import METHODS
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
 from .data import calibration_images, check_dataset, check_images, nominal_size
+from .phases import Phase, peak_memory_mb
+from .resumable import Resumable
+from .signals import StopSignals
 
 CHECKPOINT = 'quantized.pth'
 _CALIBRATION = dict(
@@ -41,11 +41,12 @@ _CALIBRATION = dict(
 
 
 @LOOPS.register_module()
-class PFCRLoop(BaseLoop):
+class PFCRLoop(Resumable, BaseLoop):
     """Progressive Fine-to-Coarse Reconstruction of a detector, part by part.
 
-    Hooks are called at `before_quantize`, `after_calibrate`, `before_unit`,
-    `unit_step`, `after_unit`, `after_quantize`.
+    Hooks are called at `before_quantize`, `after_calibrate`, `after_phase` (calibration
+    or an evaluation is done), `before_unit`, `unit_step`, `after_unit`, `on_stop` (a
+    signal came), `after_stage` (of POS), `after_quantize`.
 
     Args:
         runner (QuantRunner): the runner.
@@ -107,6 +108,8 @@ class PFCRLoop(BaseLoop):
         self.expected = expected
         self.records, self.notes = [], []
         self.metrics, self.all_metrics, self.phases = {}, {}, {}
+        self.stop = StopSignals()  # the runner enters it
+        self.init_resume()
         self._boxes = None
 
     @property
@@ -130,31 +133,39 @@ class PFCRLoop(BaseLoop):
         Returns:
             dict: metrics by state ('float', 'calibrated', 'quantized').
         """
-        began = time.time()
+        self.look_back()
         self.prepare()
+        if not self.begin():
+            return self.metrics
         self.runner.call_hook('before_quantize')
-        if self.evaluations['float']:
-            self.measure('float', self.model)
-
-        with self._phase('calibrate'):
-            self.calibrate()
-        if self.evaluations['calibrated']:
-            calibrated = copy.deepcopy(self.model)
-            self.enter_final_stage(calibrated)
-            self.measure('calibrated', calibrated)
-            del calibrated
-        self.runner.call_hook('after_calibrate')
+        if 'float' not in self.finished:
+            if self.evaluations['float']:
+                self.measure('float', self.model)
+            self._end_phase('float')
+        if 'calibrate' not in self.finished:
+            with self._phase('calibrate'):
+                self.calibrate()
+            self._end_phase('calibrate')
+        if 'calibrated' not in self.finished:
+            if self.evaluations['calibrated']:
+                calibrated = copy.deepcopy(self.model)
+                self.enter_final_stage(calibrated)
+                self.measure('calibrated', calibrated)
+                del calibrated
+            self.runner.call_hook('after_calibrate')
+            self._end_phase('calibrated')
 
         for stage in self.pos.stages(self.levels or self.head_levels):
-            with self._phase(f'stage {stage.number}'):
-                self.run_stage(stage)
+            if self.position is None or stage.number >= self.position[0]:
+                with self._phase(f'stage {stage.number}'):
+                    self.run_stage(stage)
 
         self.enter_final_stage(self.model)
         harden(self.model)
         self.size_bytes = save_quantized(
             self.model, f'{self.runner.work_dir}/{CHECKPOINT}', self._meta())
         self.measure('quantized', self.model)
-        self.seconds = time.time() - began
+        self.seconds = self.elapsed()
         self.runner.call_hook('after_quantize')
         return self.metrics
 
@@ -227,28 +238,46 @@ class PFCRLoop(BaseLoop):
             self.enter_final_stage(self.model)
         set_quantization(self.model, stage.quantize_weights, True)
         for part, schedule in self.schedules[stage.number].items():
-            if schedule:
-                self.reconstruct_part(part, schedule, stage)
+            done = self.units_done(stage, part)
+            if len(schedule) > done:
+                self.reconstruct_part(part, schedule, stage, done)
+        self.runner.call_hook('after_stage')
         if not stage.quantize_weights:  # the scales in force were those of other weights
             for layer in self.model.modules():
                 if isinstance(layer, QuantLayer):
                     layer.weight_quantizer.calibrated = False
 
-    def reconstruct_part(self, part, schedule, stage):
-        """PFCR on one chain, its input taken behind everything quantized before it."""
+    def reconstruct_part(self, part, schedule, stage, done=0):
+        """PFCR on one chain, its input taken behind everything quantized before it.
+
+        The first `done` units of the schedule are there already.
+        """
         quantized, floating = self._streams(part)
         if len(quantized) == 0:
             self.note(f'{part}: no calibration image has a box for it; left as calibrated')
             return
         base = self.reconstruction if part == 'backbone' else self.head_reconstruction
-        reconstructor = ChainReconstructor(
+        self._reconstructor = reconstructor = ChainReconstructor(
             self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
             self.held_out, self.seed, self.cache_dtype)
-        reconstructor.run(
-            schedule, lambda level: UnitConfig.build(base, level), stage,
-            on_unit_start=lambda unit: self.runner.call_hook('before_unit', unit=unit),
-            on_unit_end=self._end_unit,
-            on_step=lambda step, loss: self.runner.call_hook('unit_step', step=step, loss=loss))
+        if done:
+            reconstructor.follow(self._paths)
+
+        def end_unit(record):
+            self.position = [stage.number, part, self.units_done(stage, part) + 1]
+            self._end_unit(record)
+            self.stop.check()
+
+        def end_step(step, loss):
+            self.runner.call_hook('unit_step', step=step, loss=loss)
+            self.stop.check()
+
+        with self.stop.deferred():
+            reconstructor.run(
+                schedule, lambda level: UnitConfig.build(base, level), stage,
+                on_unit_start=lambda unit: self.runner.call_hook('before_unit', unit=unit),
+                on_unit_end=end_unit, on_step=end_step, first=done)
+        self._reconstructor = None
 
     def measure(self, state, model):
         """Test `model` on the test split; AP goes to metrics[state]."""
@@ -276,7 +305,8 @@ class PFCRLoop(BaseLoop):
 
     def note(self, text):
         """Say something that belongs into log and report."""
-        self.notes.append(text)
+        if text not in self.notes:  # a resumed run comes by the same places
+            self.notes.append(text)
         self.runner.logger.warning(text)
 
     def _search_scales(self, model, activations):
@@ -321,35 +351,16 @@ class PFCRLoop(BaseLoop):
         self.records.append(record)
         self.runner.call_hook('after_unit', record=record)
 
+    def _end_phase(self, name):
+        self.finished.append(name)
+        self.runner.call_hook('after_phase')
+
     def _meta(self):
         dataset = self.runner.test_loop.dataloader.dataset
         return dict(dataset_meta=_plain_meta(getattr(dataset, 'metainfo', {})), seed=self.seed)
 
     def _phase(self, name):
-        return _Phase(self.phases, name)
-
-
-class _Phase:
-    """Adds the seconds of a `with` block to a table, and the peak memory after it."""
-
-    def __init__(self, table, name):
-        self.table, self.name = table, name
-
-    def __enter__(self):
-        self.began = time.time()
-
-    def __exit__(self, *_):
-        entry = self.table.setdefault(self.name, dict(seconds=0.0, peak_memory_mb=0.0))
-        entry['seconds'] += time.time() - self.began
-        entry['peak_memory_mb'] = peak_memory_mb()
-
-
-def peak_memory_mb():
-    """Peak memory so far in MiB: of the GPU where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == 'darwin' else 2**10)
+        return Phase(self, name)
 
 
 def _weights_calibrated(model):

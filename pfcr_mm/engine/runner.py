@@ -12,6 +12,8 @@ from ..errors import UsageError
 from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
 from ..registry import LOOPS, RUNNERS
 from ..version import __version__
+from .lock import WorkDirLock
+from .signals import Stopped
 
 
 @RUNNERS.register_module()
@@ -27,24 +29,36 @@ class QuantRunner(Runner):
     """
 
     _wants = 'quantized'
+    wants_resume = False
 
     def quantize(self):
         """Load the float weights, quantize, evaluate, save.
 
+        With `resume=True` in the config it goes on where an unfinished run in the same
+        work dir was; without, what that one left is moved aside.
+
         Returns:
             dict: metrics of the float, the calibrated and the quantized model.
+
+        Raises:
+            UsageError: a mistake in the config, or another run is at work in the work dir.
+            Stopped: SIGINT or SIGTERM came; the units that were done are saved.
         """
-        if self._resume:
-            raise UsageError('resume=True: a quantization cannot be resumed yet; remove it')
+        self.wants_resume, self._resume = self._resume, False  # the loop does it, not MMEngine
         if self._load_from is None:
             raise UsageError(
                 'no float checkpoint: give CHECKPOINT on the command line, or load_from')
         self._wants = 'float'
-        self.build_quantize_loop()
-        self.call_hook('before_run')
-        self.load_or_resume()
-        report = self.quantize_loop.run()
-        self.call_hook('after_run')
+        loop = self.build_quantize_loop()
+        with WorkDirLock(self.work_dir), loop.stop:
+            self.call_hook('before_run')
+            self.load_or_resume()
+            try:
+                report = loop.run()
+            except Stopped:
+                self.call_hook('on_stop')
+                raise
+            self.call_hook('after_run')
         return report
 
     def build_quantize_loop(self):

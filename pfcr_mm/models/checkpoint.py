@@ -1,8 +1,8 @@
 """Checkpoints: safe reading, float and quantized loading, packed saving."""
 import hashlib
+import io
 import os
 import re
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 
 from ..errors import UsageError
+from ..files import write_atomically
 from ..modules import QuantLayer
 from .fold import fold_state
 from .manifest import FORMAT, build_manifest
@@ -204,27 +205,17 @@ def save_quantized(detector, path, meta):
     # zero points are integers from 0 to 255
     state = {k: v.to(torch.uint8) if k.endswith('.zero_point') else v for k, v in state.items()}
     meta = dict(meta, pfcr_mm=build_manifest(detector))
-    return save_atomically(dict(meta=meta, state_dict=_share_storage(state)), path)
+    return save_atomically(dict(meta=meta, state_dict=share_storage(state)), path)
 
 
 def save_atomically(content, path):
     """`torch.save` to a temporary file, synced, then renamed to `path`."""
-    path = Path(path)
-    handle, partial = tempfile.mkstemp(prefix=f'.{path.name}-', dir=path.parent)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return path.stat().st_size
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return write_atomically(path, buffer.getbuffer())
 
 
-def _share_storage(state):
+def share_storage(state):
     """The same tensors as views of one flat tensor a dtype; what is shared stays shared."""
     views = {}
     for dtype in {v.dtype for v in state.values()}:

@@ -1,6 +1,7 @@
 """Reconstruct one unit: make its quantized output match its float output."""
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -124,7 +125,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     buckets = [[i for i in bucket if i in set(learn_on)] for bucket in quantized_inputs.buckets()]
     buckets = [b for b in buckets if b]
     weights = torch.tensor([float(len(b)) for b in buckets])
-    with learned:
+    with _undone_on_error(modules, saved), learned:
         for step in range(config.iters):
             if not learned.parameters:
                 break
@@ -149,6 +150,16 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         restore(modules, saved)
     return dict(
         loss_before=before, loss_after=after, accepted=accepted, seconds=time.time() - began)
+
+
+@contextmanager
+def _undone_on_error(modules, saved):
+    """Restore the unit where its optimisation is cut off: the model is whole between units."""
+    try:
+        yield
+    except BaseException:
+        restore(modules, saved)
+        raise
 
 
 class LearnedParameters:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..modules import QuantLayer
+from .boundaries import Boundaries
 from .capture import advance
 from .optimize import UnitRecord, reconstruct
 
@@ -32,9 +33,20 @@ class ChainReconstructor:
         self.chain, self.teacher_chain = chain, teacher_chain
         self.device, self.held_out, self.seed = device, held_out, seed
         self.cache_dtype = cache_dtype
-        self.quantized, self.floating = {0: quantized}, {0: floating}
+        self.quantized = Boundaries(chain, quantized, device, cache_dtype)
+        self.floating = Boundaries(teacher_chain, floating, device, cache_dtype)
 
-    def run(self, schedule, config_of, stage, on_unit_start=None, on_unit_end=None, on_step=None):
+    def paths(self):
+        """How the streams that are kept came to be: what `follow` needs."""
+        return dict(quantized=dict(self.quantized.paths), floating=dict(self.floating.paths))
+
+    def follow(self, paths):
+        """Get the streams back that a reconstructor of the same model had, to the bit."""
+        self.quantized.follow(paths['quantized'])
+        self.floating.follow(paths['floating'])
+
+    def run(self, schedule, config_of, stage, on_unit_start=None, on_unit_end=None, on_step=None,
+            first=0):
         """Reconstruct the units of `schedule` in order.
 
         Args:
@@ -43,12 +55,13 @@ class ChainReconstructor:
             stage (Stage): the stage of POS.
             on_unit_start, on_unit_end, on_step (callable | None): called with the
                 unit, with its UnitRecord, and with (step, loss).
+            first (int): units that are done already; `follow` first.
 
         Returns:
             list[UnitRecord]: one a unit.
         """
         records = []
-        for number, unit in enumerate(schedule):
+        for number, unit in enumerate(schedule[first:], first):
             if on_unit_start is not None:
                 on_unit_start(unit)
             config = config_of(unit.level)
@@ -56,15 +69,15 @@ class ChainReconstructor:
                 config, iters=max(1, round(config.iters * stage.shrink)))
             record = self.reconstruct_unit(unit, config, stage, number, on_step)
             records.append(record)
+            self._forget(schedule[number + 1:])
             if on_unit_end is not None:
                 on_unit_end(record)
-            self._forget(schedule[number + 1:])
         return records
 
     def reconstruct_unit(self, unit, config, stage, number, on_step=None):
         """Reconstruct one unit and move the quantized stream past it."""
-        inputs = self._boundary(self.quantized, self.chain, unit.start)
-        float_inputs = self._boundary(self.floating, self.teacher_chain, unit.start)
+        inputs = self.quantized.at(unit.start)
+        float_inputs = self.floating.at(unit.start)
         float_outputs, float_side = advance(
             self.teacher_chain, float_inputs, unit.start, unit.stop, self.device,
             dtype=self.cache_dtype)
@@ -80,29 +93,20 @@ class ChainReconstructor:
                 'rounding' if stage.quantize_weights else 'float', self.held_out,
                 torch.Generator().manual_seed(seed), self.device, on_step)
 
-        for boundary in [b for b in self.quantized if b > unit.start]:
-            del self.quantized[boundary]  # computed before this unit changed
+        self.quantized.drop_after(unit.start)  # computed before this unit changed
         if unit.stop < len(self.chain.leaves):
-            self.floating[unit.stop] = float_outputs
-            self.quantized[unit.stop], _ = advance(
+            self.floating.put(unit.stop, unit.start, float_outputs)
+            outputs, _ = advance(
                 self.chain, inputs, unit.start, unit.stop, self.device, dtype=self.cache_dtype)
+            self.quantized.put(unit.stop, unit.start, outputs)
         return UnitRecord(
             unit.name, unit.chain, unit.level, stage.number, iters=config.iters, **result)
 
-    def _boundary(self, streams, chain, position):
-        """The stream at `position`, run on from the nearest boundary that is kept."""
-        if position not in streams:
-            nearest = max(b for b in streams if b < position)
-            streams[position], _ = advance(
-                chain, streams[nearest], nearest, position, self.device, dtype=self.cache_dtype)
-        return streams[position]
-
     def _forget(self, upcoming):
         """Drop boundaries where no later unit starts (0 stays: all can be run from it)."""
-        needed = {unit.start for unit in upcoming} | {0}
-        for streams in (self.quantized, self.floating):
-            for boundary in [b for b in streams if b not in needed]:
-                del streams[boundary]
+        needed = {unit.start for unit in upcoming}
+        self.quantized.keep_only(needed)
+        self.floating.keep_only(needed)
 
 
 def harden(model):

@@ -3,8 +3,10 @@ from .expected import ExpectedMetricsHook
 from .guard import ManifestGuardHook
 from .progress import ProgressHook
 from .report import ReportHook
+from .unit_checkpoint import UnitCheckpointHook
 from .unit_log import UnitLogHook
 
 __all__ = [
-    'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'UnitLogHook'
+    'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook',
+    'UnitCheckpointHook', 'UnitLogHook'
 ]

@@ -22,7 +22,8 @@ class ProgressHook(Hook):
         for line in plan_lines(loop):
             runner.logger.info(line)
         self.work = [self._cost(loop, unit) for units in loop.plan().values() for unit in units]
-        self.done, self.spent = 0, 0.0
+        self.done = len(loop.records)  # of a run that goes on
+        self.spent = sum(record.seconds for record in loop.records)
 
     def before_unit(self, runner, unit):
         """Start the clock."""

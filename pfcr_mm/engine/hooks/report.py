@@ -1,16 +1,17 @@
 """`report.json` and `report.md` in the work dir."""
 import json
 import math
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from mmengine.hooks import Hook
 
+from ...files import write_atomically
 from ...models.manifest import build_manifest
 from ...registry import HOOKS
 from ..fingerprint import fingerprint
-from ..loops import CHECKPOINT, peak_memory_mb
+from ..loops import CHECKPOINT
+from ..phases import peak_memory_mb
 
 _STATES = (('float', 'float'), ('calibrated', 'calibrated only'), ('quantized', 'PFCR'))
 
@@ -26,8 +27,8 @@ class ReportHook(Hook):
         report = build_report(runner)
         folder = Path(runner.work_dir)
         text = json.dumps(finite(report), indent=1, allow_nan=False)
-        write_text(folder / 'report.json', text + '\n')
-        write_text(folder / 'report.md', markdown(report))
+        write_atomically(folder / 'report.json', text + '\n')
+        write_atomically(folder / 'report.md', markdown(report))
         runner.logger.info('\n'.join(['Result', *table(report)]))
         runner.logger.info(f'Wrote {folder / CHECKPOINT}, report.json and report.md')
 
@@ -50,7 +51,9 @@ def build_report(runner):
         **{state: loop.metrics.get(state) for state, _ in _STATES},
         size_mb=dict(float=float_size_bytes(model) / 1e6, quantized=loop.size_bytes / 1e6),
         seconds=loop.seconds,
-        peak_memory_mb=peak_memory_mb(),
+        checkpoint_seconds=loop.checkpoint_seconds,
+        peak_memory_mb=max(  # a resumed run's earlier pieces are in its phases
+            [peak_memory_mb(), *(phase['peak_memory_mb'] for phase in loop.phases.values())]),
         calibration=dict(
             images=len(loop.images),
             split='own dataset' if loop.calibration['dataset'] else 'train'),
@@ -136,13 +139,6 @@ def finite(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def write_text(path, text):
-    """Write a file through a temporary one, so that it is never half-written."""
-    partial = path.with_name(f'.{path.name}.tmp')
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _percent(metrics, key, reference, state):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mmengine.hooks import Hook
 
+from ...files import write_atomically
 from ...registry import HOOKS
 from .report import finite
 
@@ -21,9 +22,11 @@ class UnitLogHook(Hook):
         self.interval = interval
 
     def before_quantize(self, runner):
-        """Start a new file."""
+        """Start a new file; of a run that goes on, keep the lines of the units it has."""
         self.path = Path(runner.work_dir) / 'units.jsonl'
-        self.path.write_text('')
+        done = len(runner.quantize_loop.records)
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        write_atomically(self.path, ''.join(lines[:done]))
 
     def before_unit(self, runner, unit):
         """Start a new curve."""
