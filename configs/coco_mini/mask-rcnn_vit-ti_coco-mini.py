@@ -18,9 +18,10 @@ channels = 96
 norm_cfg = dict(type='pfcr_mm.LN2d')
 model = dict(
     data_preprocessor=dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5]),
+    # the last norm keeps ViT-Ti's few huge channels (hundreds, others are near 1) from the neck
     backbone=dict(
         _delete_=True, type='pfcr_mm.TimmViT', model_name='vit_tiny_patch16_224', window_size=10,
-        global_blocks=(2, 5, 8, 11), drop_path_rate=0.05, pretrained=pretrained),
+        global_blocks=(2, 5, 8, 11), final_norm=True, drop_path_rate=0.05, pretrained=pretrained),
     neck=dict(
         _delete_=True, type='pfcr_mm.SimpleFPN', backbone_channel=192, out_channels=channels,
         num_outs=5, norm_cfg=norm_cfg),
