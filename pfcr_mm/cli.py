@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 
 from .errors import UsageError
+from .files import disk_full_line, is_disk_full, write_atomically
 from .registry import RUNNERS
 
 
@@ -37,7 +39,7 @@ def quant_main(argv=None):
         with WorkDirLock(cfg.work_dir), _damage_told(cfg):
             _build_runner(cfg).quantize()
 
-    return _guarded('quant.py', run)
+    return _guarded('quant.py', run, args)
 
 
 def quant_config(argv):
@@ -69,7 +71,7 @@ def test_main(argv=None):
             if value is not None:
                 print(f'{key}: {value:.4f}')
 
-    return _guarded('test.py', run)
+    return _guarded('test.py', run, args)
 
 
 def _quant_arguments(argv):
@@ -138,6 +140,7 @@ def _read_config(args):
         raise UsageError(f'--launcher {args.launcher} is not supported yet; use one process')
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join(
         'work_dirs', Path(args.config).stem)
+    args.work_dir = cfg.work_dir  # where a traceback would go
     if args.checkpoint:
         cfg.load_from = args.checkpoint
     if args.allow_pickle:
@@ -171,11 +174,20 @@ def _build_runner(cfg):
 
 def _build_runner(cfg):
     from .engine import QuantRunner
+    from .reconstruction.faults import is_out_of_memory
     runner_type = RUNNERS.get(cfg.get('runner_type', 'pfcr_mm.QuantRunner'))
     if runner_type is None or not issubclass(runner_type, QuantRunner):
         raise UsageError(
             f"runner_type={cfg.runner_type!r} cannot quantize; use 'pfcr_mm.QuantRunner'")
-    return runner_type.from_cfg(cfg)
+    try:
+        return runner_type.from_cfg(cfg)
+    except (TypeError, AttributeError, ValueError, AssertionError, IndexError, ZeroDivisionError,
+            NotImplementedError, RuntimeError) as error:
+        if isinstance(error, UsageError) or is_out_of_memory(error):
+            raise
+        lines = str(error).strip().splitlines() or ['no message']
+        raise UsageError(
+            f'the config makes no detector: {type(error).__name__}: {lines[0][:300]}') from error
 
 
 def _check_data(cfg, calibrates):
@@ -208,7 +220,8 @@ def _damage_told(cfg):
         raise
 
 
-def _guarded(program, run):
+def _guarded(program, run, args):
+    """Run a tool; whatever goes wrong ends in one line. Returns the exit code."""
     # mmdet's import says so on stderr, and we use pycocotools
     warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
     try:
@@ -222,9 +235,32 @@ def _guarded(program, run):
         return _refuse(program, f'stopped by {signum.name}{more}', 128 + signum)
     except KeyError as error:  # a misspelt `type` anywhere in the config
         if not re.search(r'is not in the \S+ registry', str(error)):
-            raise
+            return _unexpected(program, error, args)
         return _refuse(program, str(error.args[0]).partition(' Please check')[0])
+    except Exception as error:
+        return _unexpected(program, error, args)
     return 0
+
+
+def _unexpected(program, error, args):
+    """One line on what nobody has thought of; the traceback goes to a file. Returns 1."""
+    from .reconstruction.faults import is_out_of_memory
+    if is_disk_full(error):
+        return _refuse(program, disk_full_line(error), 1)
+    if is_out_of_memory(error):
+        return _refuse(
+            program, 'out of memory: set fewer quantize_cfg.calibration.images or rows, '
+            "quantize_cfg.cache_dtype='float16', a smaller test_dataloader.batch_size or smaller "
+            'images; --resume goes on', 1)
+    folder = args.work_dir if os.path.isdir(args.work_dir or '') else tempfile.gettempdir()
+    path = Path(folder, f'{program}.traceback.txt')
+    try:
+        write_atomically(path, ''.join(traceback.format_exception(error)))
+    except OSError:
+        path = 'nowhere: it could not be written'
+    lines = str(error).strip().splitlines() or ['no message']
+    return _refuse(
+        program, f'{type(error).__name__}: {lines[0][:300]} (the traceback is in {path})', 1)
 
 
 def _refuse(program, message, code=2):

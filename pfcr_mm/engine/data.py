@@ -6,7 +6,7 @@ import cv2
 import torch
 from mmengine.dataset import pseudo_collate
 
-from ..errors import UsageError
+from ..errors import FaultError, UsageError
 from ..registry import DATASETS
 
 
@@ -104,6 +104,16 @@ def check_dataset(dataset_cfg, role):
             f'{role}: annotation file {path} is missing; COCO belongs in data/coco/ '
             '(annotations/, train2017/, val2017/), other data where data_root says. '
             'The configs in configs/demo/ need no data')
+
+
+def check_worker(error):
+    """Raise FaultError where a data loading process has died."""
+    if isinstance(error, RuntimeError) and str(error).startswith('DataLoader worker'):
+        line = str(error).strip().splitlines()[0]
+        raise FaultError(
+            f'a data loading process died ({line}): it may have run out of memory; try '
+            'test_dataloader.num_workers=0 with persistent_workers=False; --resume goes on'
+        ) from None
 
 
 def check_images(dataset):

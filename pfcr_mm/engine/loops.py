@@ -18,6 +18,7 @@ from ..models.reparam import make_channelwise
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import (
     ChainReconstructor,
+    Faults,
     POSConfig,
     UnitConfig,
     build_schedule,
@@ -27,9 +28,10 @@ from ..reconstruction import (
     roi,
 )
 from ..reconstruction.calibrate import METHODS
+from ..reconstruction.faults import ON_NONFINITE, check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
-from .data import calibration_images, check_dataset, check_images, nominal_size
+from .data import calibration_images, check_dataset, check_images, check_worker, nominal_size
 from .phases import Phase, peak_memory_mb
 from .resumable import Resumable
 from .signals import StopSignals
@@ -64,13 +66,15 @@ class PFCRLoop(Resumable, BaseLoop):
         cache_dtype (str | None): storage type of cached activations, such as 'float16'.
         evaluate (dict): whether to measure the `float` and the `calibrated` model.
         expected (dict | None): float metrics that the checkpoint is known for.
+        on_nonfinite (str): where a unit meets NaN or Inf, 'restore' undoes it and goes on,
+            'stop' ends the run.
     """
 
     def __init__(self, runner, calibration=None, levels=('leaf', 'block', 'pair', 'stage',
                                                          'backbone'),
                  head_levels=('leaf', 'chain'), traversal='post_order', parts=('*', ), pos=None,
                  reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
-                 evaluate=None, expected=None):
+                 evaluate=None, expected=None, on_nonfinite='restore'):
         self._runner = runner
         self.calibration = _known(_CALIBRATION, calibration, 'calibration')
         if self.calibration['method'] not in METHODS:
@@ -106,6 +110,10 @@ class PFCRLoop(Resumable, BaseLoop):
                 "'bfloat16', 'float32' or None")
         self.evaluations = _known(dict(float=True, calibrated=True), evaluate, 'evaluate')
         self.expected = expected
+        if on_nonfinite not in ON_NONFINITE:
+            raise UsageError(f'quantize_cfg.on_nonfinite={on_nonfinite!r} is not known; choose '
+                             f'one of {ON_NONFINITE}')
+        self.on_nonfinite = on_nonfinite
         self.records, self.notes = [], []
         self.metrics, self.all_metrics, self.phases = {}, {}, {}
         self.stop = StopSignals()  # the runner enters it
@@ -259,7 +267,7 @@ class PFCRLoop(Resumable, BaseLoop):
         base = self.reconstruction if part == 'backbone' else self.head_reconstruction
         self._reconstructor = reconstructor = ChainReconstructor(
             self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
-            self.held_out, self.seed, self.cache_dtype)
+            self.held_out, self.seed, self.cache_dtype, self._faults())
         if done:
             reconstructor.follow(self._paths)
 
@@ -290,7 +298,8 @@ class PFCRLoop(Resumable, BaseLoop):
                     result = loop.run()
             except UsageError:
                 raise
-            except Exception:
+            except Exception as error:
+                check_worker(error)
                 check_images(self.runner.test_dataloader.dataset)
                 raise
             finally:
@@ -309,11 +318,22 @@ class PFCRLoop(Resumable, BaseLoop):
             self.notes.append(text)
         self.runner.logger.warning(text)
 
+    def _faults(self):
+        names = {module: name for name, module in self.model.named_modules()}
+
+        def tell(text):
+            kind = text.partition(' in ')[0]
+            if kind != 'out of memory' or not any(n.startswith(kind) for n in self.notes):
+                self.note(text)
+
+        return Faults(tell, self.on_nonfinite, names.get)
+
     def _search_scales(self, model, activations):
         options = self.calibration
         with observe(model, options['rows'], self.seed) as seen:
             for inputs, samples in self.images[:options['search_images']]:
                 model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
+        check_seen(seen)
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
         for name in unreached if activations else ():
             self.note(f'{name}: no calibration data reached it; its input stays float')

@@ -1,6 +1,7 @@
 """`QuantRunner`: MMEngine's Runner, with `quantize()` beside `test()`."""
 import inspect
 import platform
+from contextlib import suppress
 
 import mmdet
 import mmengine
@@ -8,7 +9,7 @@ import torch
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from ..errors import UsageError
+from ..errors import FaultError, UsageError
 from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
 from ..registry import LOOPS, RUNNERS
 from ..version import __version__
@@ -55,8 +56,9 @@ class QuantRunner(Runner):
             self.load_or_resume()
             try:
                 report = loop.run()
-            except Stopped:
-                self.call_hook('on_stop')
+            except (Stopped, FaultError):
+                with suppress(FaultError):  # the disk may be what is full
+                    self.call_hook('on_stop')
                 raise
             self.call_hook('after_run')
         return report

@@ -1,6 +1,7 @@
 """The method: units, schedule, calibration, optimisation, POS."""
 from . import losses  # noqa: F401  fill the table
 from .calibrate import calibrate, observe
+from .faults import Faults
 from .optimize import UnitConfig, UnitRecord
 from .pfcr import ChainReconstructor, harden
 from .pos import POSConfig, Stage
@@ -8,6 +9,7 @@ from .schedule import build_schedule, traversal_string
 from .units import LEVELS, Unit, units_of
 
 __all__ = [
-    'ChainReconstructor', 'LEVELS', 'POSConfig', 'Stage', 'Unit', 'UnitConfig', 'UnitRecord',
-    'build_schedule', 'calibrate', 'harden', 'observe', 'traversal_string', 'units_of'
+    'ChainReconstructor', 'Faults', 'LEVELS', 'POSConfig', 'Stage', 'Unit', 'UnitConfig',
+    'UnitRecord', 'build_schedule', 'calibrate', 'harden', 'observe', 'traversal_string',
+    'units_of'
 ]

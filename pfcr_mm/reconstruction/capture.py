@@ -1,10 +1,13 @@
 """Streams: what flows through a chain, image by image, at the boundaries of units."""
+import logging
 from collections import defaultdict
 
 import torch
+from mmengine.logging import print_log
 
 from ..errors import UsageError
 from ..models.chain import State
+from .faults import BatchLimit
 
 
 class Stream:
@@ -48,6 +51,15 @@ def advance(chain, stream, start, stop, device, batch_size=8, dtype=None):
     Returns:
         tuple[Stream, Stream]: the states after `stop`, and the side outputs on the way.
     """
+    limit = BatchLimit(batch_size, f'{chain.name} between its units', _log)
+    return limit.run(lambda size: _advance(chain, stream, start, stop, device, size, dtype))
+
+
+def _log(line):
+    print_log(line, 'current', logging.WARNING)
+
+
+def _advance(chain, stream, start, stop, device, batch_size, dtype):
     states, sides = [None] * len(stream), [None] * len(stream)
     for bucket in stream.buckets():
         for chunk in _chunks(bucket, batch_size):

@@ -3,6 +3,7 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 
@@ -10,6 +11,7 @@ from ..errors import UsageError
 from ..modules import QuantLayer, quantizers_of
 from ..registry import RECONSTRUCTION_LOSSES, lookup
 from .capture import split
+from .faults import BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
 
 
 @dataclass
@@ -89,7 +91,7 @@ class UnitRecord:
 
 
 def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, learn_weights,
-                held_out, generator, device, on_step=None):
+                held_out, generator, device, on_step=None, faults=None):
     """Learn rounding, scales and biases of a unit; undo it where the held-out loss rose.
 
     Args:
@@ -105,49 +107,69 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         generator (torch.Generator): draws batches.
         device (torch.device): where to compute.
         on_step (callable | None): called with (step, loss).
+        faults (Faults | None): what to do where memory runs out or a loss is no number.
 
     Returns:
         dict: loss_before, loss_after (what learning reached, also where it was undone),
         accepted, seconds.
+
+    Raises:
+        FaultError: no memory even for one image; or NaN or Inf, and `faults` says stop.
     """
     began = time.time()
+    faults = faults or Faults()
+    limit = BatchLimit(config.batch_size, unit.name, faults.tell)
     learn_on, accept_on = split(quantized_inputs, held_out)
     loss_of = lookup(RECONSTRUCTION_LOSSES, config.loss, 'loss')(targets, chain.channel_axis)
     modules = unit_modules(chain, unit)
 
     def evaluate():
-        return _held_out_loss(chain, unit, quantized_inputs, targets, accept_on, loss_of,
-                              config.batch_size, device)
+        return limit.run(lambda size: _held_out_loss(
+            chain, unit, quantized_inputs, targets, accept_on, loss_of, size, device))
 
-    before = evaluate()
+    def check(loss, what, pick):
+        if not math.isfinite(loss):
+            raise NotFinite(loss, what, unit, find_nonfinite(
+                chain, unit, quantized_inputs.batch(pick, device),
+                _collate(targets, pick, device), faults.name_of))
+
+    before = after = evaluate()
     saved = snapshot(modules)
     learned = LearnedParameters(modules, config, learn_weights)
     buckets = [[i for i in bucket if i in set(learn_on)] for bucket in quantized_inputs.buckets()]
     buckets = [b for b in buckets if b]
     weights = torch.tensor([float(len(b)) for b in buckets])
-    with _undone_on_error(modules, saved), learned:
-        for step in range(config.iters):
-            if not learned.parameters:
-                break
-            progress = step / config.iters
-            learned.set_progress(progress)
-            bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
-            order = torch.randperm(len(bucket), generator=generator)[:config.batch_size]
-            pick = [bucket[i] for i in order.tolist()]
-            state = quantized_inputs.batch(pick, device)
-            if config.input_mix < 1.0:
-                state = _mix(state, float_inputs.batch(pick, device), config.input_mix)
-            target = _collate(targets, pick, device)
-            output, side = chain.run(state, unit.start, unit.stop)
-            loss = loss_of(output.tensors + side, target)
-            total = loss + sum(layer.rounding.regularisation(progress) for layer in learned.open)
-            learned.step(total)
-            if on_step is not None:
-                on_step(step, loss)
-    after = evaluate()
-    accepted = math.isfinite(after) and after < before
-    if not accepted:
-        restore(modules, saved)
+    every = 1 if device.type == 'cpu' else 10  # looking at a loss makes a GPU wait
+    try:
+        check(before, 'loss before learning', accept_on[:1])
+        with _undone_on_error(modules, saved), learned:
+            for step in range(config.iters if learned.parameters else 0):
+                progress = step / config.iters
+                learned.set_progress(progress)
+                bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
+                order = torch.randperm(len(bucket), generator=generator)[:config.batch_size]
+                pick = [bucket[i] for i in order.tolist()]
+                state = quantized_inputs.batch(pick, device)
+                if config.input_mix < 1.0:
+                    state = _mix(state, float_inputs.batch(pick, device), config.input_mix)
+                target = _collate(targets, pick, device)
+                sizes = [quantized_inputs.states[i].tensors[0].shape[0] for i in pick]
+                loss = limit.run(partial(
+                    learned.backward, chain, unit, state, target, sizes, loss_of, progress))
+                if step % every == 0:
+                    check(loss.item(), f'loss of step {step}', pick)
+                learned.update()
+                if on_step is not None:
+                    on_step(step, loss)
+        after = evaluate()
+        with _undone_on_error(modules, saved):
+            check(after, 'loss after learning', accept_on[:1])
+        accepted = after < before
+        if not accepted:
+            restore(modules, saved)
+    except NotFinite as found:
+        accepted, after = False, found.loss
+        faults.nonfinite(found)
     return dict(
         loss_before=before, loss_after=after, accepted=accepted, seconds=time.time() - began)
 
@@ -222,10 +244,24 @@ class LearnedParameters:
         for group in self.optimizer.param_groups:
             group['lr'] = group['base_lr'] * factor
 
-    def step(self, loss):
-        """One step of the optimiser."""
+    def backward(self, chain, unit, state, target, sizes, loss_of, progress, limit):
+        """Gradient of one step, computed `limit` entries of the batch at a time.
+
+        Returns:
+            Tensor: the loss of the whole batch, detached.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total = 0.0
+        extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
+        for part, wanted, share in split_batch(state, target, sizes, limit):
+            output, side = chain.run(part, unit.start, unit.stop)
+            loss = loss_of(output.tensors + side, wanted) * share
+            (loss + extra).backward()
+            total, extra = total + loss.detach(), 0.0  # once a step
+        return total
+
+    def update(self):
+        """One step of the optimiser along the gradient."""
         if self.config.clip_grad > 0 and self.clipped:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
         self.optimizer.step()

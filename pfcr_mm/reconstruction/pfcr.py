@@ -26,13 +26,14 @@ class ChainReconstructor:
         held_out (int): images for accepting a unit.
         seed (int): draws batches, with the unit's place in the schedule.
         cache_dtype (torch.dtype | None): storage type of streams.
+        faults (Faults | None): what to do where memory runs out or a loss is no number.
     """
 
     def __init__(self, chain, teacher_chain, quantized, floating, device, held_out, seed,
-                 cache_dtype=None):
+                 cache_dtype=None, faults=None):
         self.chain, self.teacher_chain = chain, teacher_chain
         self.device, self.held_out, self.seed = device, held_out, seed
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self.faults = cache_dtype, faults
         self.quantized = Boundaries(chain, quantized, device, cache_dtype)
         self.floating = Boundaries(teacher_chain, floating, device, cache_dtype)
 
@@ -91,7 +92,7 @@ class ChainReconstructor:
             result = reconstruct(
                 self.chain, unit, inputs, float_inputs, targets, config,
                 'rounding' if stage.quantize_weights else 'float', self.held_out,
-                torch.Generator().manual_seed(seed), self.device, on_step)
+                torch.Generator().manual_seed(seed), self.device, on_step, self.faults)
 
         self.quantized.drop_after(unit.start)  # computed before this unit changed
         if unit.stop < len(self.chain.leaves):

@@ -19,11 +19,12 @@ from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 
 from pfcr_mm.cli import quant_main
+from pfcr_mm.datasets import ShapesDataset
 from pfcr_mm.engine.lock import WorkDirLock
 from pfcr_mm.engine.resume import RunCheckpoints, read_run
 from pfcr_mm.engine.signals import Stopped, StopSignals
 from pfcr_mm.errors import FaultError, UsageError
-from pfcr_mm.registry import HOOKS
+from pfcr_mm.registry import DATASETS, HOOKS
 
 spec = importlib.util.spec_from_file_location('kill_test', REPO / 'tools/dev/kill_test.py')
 kill_test = importlib.util.module_from_spec(spec)
@@ -481,3 +482,62 @@ def test_disk_full_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(FaultError, match='report.json cannot be written: Disk quota exceeded'):
         files.write_atomically(path, 'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+# --- other faults as the user sees them -------------------------------------
+
+@pytest.mark.parametrize('error, words', [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB'), ['out of memory']),
+    (OSError(28, 'No space left on device', 'units.jsonl'), ['units.jsonl', 'No space left']),
+    (RuntimeError('DataLoader worker (pid 77) is killed by signal: Killed. \nmore'),
+     ['a data loading process died', 'num_workers=0']),
+    (ZeroDivisionError('division by zero'), ['ZeroDivisionError', 'traceback']),
+], ids=['memory', 'disk', 'worker', 'bug'])
+def test_a_fault_ends_in_one_line(error, words, quick, die, tmp_path, capsys):
+    def fail():
+        raise error
+
+    die([('after_test_iter', 1)], fail)
+    assert quant_main(quick(tmp_path / 'run')) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert all(word in line for word in words), line
+    traceback = tmp_path / 'run' / 'quant.py.traceback.txt'
+    assert traceback.exists() == isinstance(error, ZeroDivisionError)
+
+
+def test_a_dead_data_loading_process(quick, tmp_path, capsys):
+    """A real one, killed while it loads."""
+    extra = [*BRIEF, 'test_dataloader.num_workers=1', 'test_dataloader.persistent_workers=False',
+             'test_dataloader.dataset.type=pfcr_mm.DyingDataset']
+    assert quant_main(quick(tmp_path / 'run', extra=extra)) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert 'a data loading process died' in line
+
+
+@DATASETS.register_module(force=True)
+class DyingDataset(ShapesDataset):
+    """Kills the process that loads from it."""
+
+    def __getitem__(self, index):
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_nan_in_a_unit_stops_where_the_config_says_so(quick, tmp_path, capsys, monkeypatch):
+    from pfcr_mm.reconstruction.optimize import LearnedParameters
+    real = LearnedParameters.update
+
+    def update(self):
+        real(self)
+        self.parameters[0].data.fill_(float('nan'))
+
+    monkeypatch.setattr(LearnedParameters, 'update', update)
+    extra = [*BRIEF, 'quantize_cfg.on_nonfinite=stop']
+    assert quant_main(quick(tmp_path / 'run', extra=extra)) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert 'neck' in line and 'nan' in line and "on_nonfinite='restore'" in line
+    assert quant_main(quick(tmp_path / 'run', '--resume', extra=BRIEF)) == 0
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    assert [unit['accepted'] for unit in report['units']] == [False] * len(report['units'])
+    assert any('NaN' in note and 'neck.' in note for note in report['notes'])
