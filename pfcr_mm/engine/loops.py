@@ -14,7 +14,7 @@ from mmengine.runner import BaseLoop
 from ..errors import UsageError
 from ..models import part_chains, reparameterise
 from ..models.checkpoint import save_quantized
-from ..models.reparam import make_channelwise
+from ..models.reparam import fold_alike, make_channelwise
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import (
     ChainReconstructor,
@@ -116,6 +116,7 @@ class PFCRLoop(Resumable, BaseLoop):
         self.on_nonfinite = on_nonfinite
         self.records, self.notes = [], []
         self.metrics, self.all_metrics, self.phases = {}, {}, {}
+        self.folds = {}  # of the model and of its teacher
         self.stop = StopSignals()  # the runner enters it
         self.init_resume()
         self._boxes = None
@@ -235,15 +236,23 @@ class PFCRLoop(Resumable, BaseLoop):
         self._search_scales(self.model, activations=True)
 
     def enter_final_stage(self, model):
-        """Reparameterise, and calibrate the weights that have no valid scales (idempotent)."""
-        if reparameterise(model) or not _weights_calibrated(model):
+        """Reparameterise, and calibrate the weights that have no valid scales (idempotent).
+
+        Returns:
+            dict: see `reparameterise`.
+        """
+        folds = reparameterise(model)
+        if folds or not _weights_calibrated(model):
             self._search_scales(model, activations=False)
         set_quantization(model, True, True)
+        return folds
 
     def run_stage(self, stage):
         """One stage of POS over all its parts."""
         if stage.final:
-            self.enter_final_stage(self.model)
+            folds = self.enter_final_stage(self.model)
+            fold_alike(self.teacher, folds)  # targets then mean what the model's maps mean
+            self.folds.update(folds)
         set_quantization(self.model, stage.quantize_weights, True)
         for part, schedule in self.schedules[stage.number].items():
             done = self.units_done(stage, part)

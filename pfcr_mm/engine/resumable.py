@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..models.reparam import fold_alike
 from ..models.state import load_model_state, model_state
 from ..reconstruction import UnitRecord
 from .resume import (
@@ -89,14 +90,16 @@ class Resumable:
             finished=list(self.finished), position=self.position,
             paths=self._reconstructor.paths() if self._reconstructor else None,
             records=[asdict(record) for record in self.records], notes=list(self.notes),
-            metrics=plain(self.metrics), all_metrics=plain(self.all_metrics),
-            phases=plain(phases), seconds=self.elapsed(),
+            folds=dict(self.folds), metrics=plain(self.metrics),
+            all_metrics=plain(self.all_metrics), phases=plain(phases), seconds=self.elapsed(),
             checkpoint_seconds=self.checkpoint_seconds, random=random_state())
 
     def load_state_dict(self, state):
         """Go on from a `state_dict` of the same config."""
         check_identity(state['identity'], self.identity, self.checkpoints.folder)
         load_model_state(self.model, state['model'])
+        self.folds = state['folds']
+        fold_alike(self.teacher, self.folds)
         self.finished, self.position = state['finished'], state['position']
         self._paths = state['paths']
         self.records = [UnitRecord(**record) for record in state['records']]

@@ -130,4 +130,4 @@ def add_missing_biases(detector):
         if layer.bias is None:
             detector.created_biases.add(f'{names[id(layer)]}.bias')
             layer.register_parameter('bias', type(layer.weight)(layer.weight.new_zeros(
-                layer.out_features)))
+                layer.weight.shape[0])))

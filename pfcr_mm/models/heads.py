@@ -4,7 +4,7 @@ State tensors are NCHW maps or (n, C) rows; the channel axis is 1 throughout.
 """
 import torch.nn.functional as F
 
-from ..registry import CHAINS
+from ..registry import CHAINS, MAP_READERS
 from .chain import Chain, Leaf, State
 
 
@@ -45,6 +45,15 @@ def fpn_chain(fpn):
         Leaf('lateral_convs', lateral, tuple(fpn.lateral_convs)),
         Leaf('fpn_convs', output, tuple(fpn.fpn_convs)),
     ], channel_axis=1)
+
+
+@MAP_READERS.register('mmdet.models.necks.fpn.FPN')
+def fpn_map_readers(fpn):
+    """The lateral convolution of each input map, where nothing else reads that map."""
+    readers = {fpn.start_level + k: conv.conv for k, conv in enumerate(fpn.lateral_convs)}
+    if fpn.add_extra_convs == 'on_input':
+        readers.pop(fpn.backbone_end_level - 1, None)
+    return readers
 
 
 @CHAINS.register('mmdet.models.dense_heads.rpn_head.RPNHead')

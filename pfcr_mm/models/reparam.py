@@ -1,32 +1,58 @@
 """Scale reparameterisation: fold channel-wise post-LayerNorm scales into LN and the next layer.
 
 RepQ-ViT (arXiv 2212.08254), with two repairs: the zero point stays an integer,
-and the padding of attention windows moves along.
+and the padding of attention windows moves along. Beyond it, the norms of a backbone's
+output maps fold into the 1x1 convolutions of the neck that read them.
 """
 from dataclasses import replace
 
 import torch
+from torch import nn
 
-from ..modules import QuantLinear
+from ..modules import QuantConv2d, QuantLinear
 from ..quantizers import build_quantizer
-from ..registry import POST_NORM
+from ..registry import MAP_READERS, OUTPUT_NORMS, POST_NORM
 
 
 def post_norm_pairs(model):
-    """All (norm, QuantLinear, window attention or None) of a quantized model."""
+    """All (norm, quantized layer, window attention or None) of a quantized model.
+
+    The layer is the only reader of the norm's output: a linear, or a 1x1 convolution.
+    """
     pairs = []
     for module in model.modules():
         find = POST_NORM.find(module)
         if find is not None:
-            pairs += [pair for pair in find(module) if isinstance(pair[1], QuantLinear)]
+            pairs += [pair for pair in find(module) if _can_fold_into(pair[1])]
     return pairs
+
+
+@POST_NORM.register('mmdet.models.detectors.base.BaseDetector')
+def output_map_pairs(detector):
+    """(norm, convolution, None) for each map that a norm of the backbone hands to the neck."""
+    neck = getattr(detector, 'neck', None)
+    norms_of = OUTPUT_NORMS.find(detector.backbone)
+    readers_of = MAP_READERS.find(neck) if neck is not None else None
+    if norms_of is None or readers_of is None:
+        return []
+    norms = norms_of(detector.backbone)
+    return [(norms[i], layer, None) for i, layer in readers_of(neck).items()
+            if isinstance(norms[i], nn.LayerNorm)]
+
+
+def _can_fold_into(layer):
+    if isinstance(layer, QuantConv2d):
+        return (layer.kernel_size == (1, 1) and layer.groups == 1
+                and layer.padding in ((0, 0), 'valid'))
+    return isinstance(layer, QuantLinear)
 
 
 def make_channelwise(model):
     """Give every layer after a norm a channel-wise input quantizer (not calibrated)."""
     for _, layer, _ in post_norm_pairs(model):
         spec = replace(layer.input_quantizer.spec, granularity='channel')
-        layer.input_quantizer = build_quantizer(spec, layer.in_features, -1).to(layer.weight)
+        layer.input_quantizer = build_quantizer(
+            spec, layer.weight.shape[1], layer.input_axis).to(layer.weight)
 
 
 @torch.no_grad()
@@ -39,9 +65,10 @@ def reparameterise(model):
     channel-wise ones. Weight scales are invalid afterwards and marked so.
 
     Returns:
-        int: how many pairs were folded.
+        dict[str, tuple[Tensor, Tensor]]: (r, b) by the name of the layer folded into.
     """
-    folded = 0
+    names = {id(module): name for name, module in model.named_modules()}
+    folds = {}
     for norm, layer, attention in post_norm_pairs(model):
         quantizer = layer.input_quantizer
         if quantizer.spec.granularity != 'channel' or not quantizer.calibrated:
@@ -51,17 +78,37 @@ def reparameterise(model):
         ratio = scale / mean_scale
         shift = mean_scale * (mean_zero - zero_point)
 
-        norm.weight.div_(ratio)
-        norm.bias.div_(ratio).sub_(shift)
-        layer.weight.mul_(ratio)
-        layer.bias.add_(layer.weight @ shift)
-        if attention is not None:
-            attention.pad_value.div_(ratio).sub_(shift)
-
+        _fold(norm, layer, attention, ratio, shift)
+        folds[names[id(layer)]] = (ratio, shift)
         spec = replace(quantizer.spec, granularity='tensor')
         layer.input_quantizer = build_quantizer(spec).to(layer.weight)
         layer.input_quantizer.set_scale(mean_scale.view(1), mean_zero.view(1))
         layer.input_quantizer.enabled = quantizer.enabled
         layer.weight_quantizer.calibrated = False
-        folded += 1
-    return folded
+    return folds
+
+
+@torch.no_grad()
+def fold_alike(twin, folds):
+    """Fold a float twin as `reparameterise` folded its model.
+
+    Its function stays; the maps that it hands from part to part then mean the same,
+    number by number, as those of the model.
+
+    Args:
+        twin (nn.Module): the float model, built alike.
+        folds (dict): what `reparameterise` returned.
+    """
+    names = {id(module): name for name, module in twin.named_modules()}
+    for norm, layer, attention in post_norm_pairs(twin):
+        if names[id(layer)] in folds:
+            _fold(norm, layer, attention, *folds[names[id(layer)]])
+
+
+def _fold(norm, layer, attention, ratio, shift):
+    norm.weight.div_(ratio)
+    norm.bias.div_(ratio).sub_(shift)
+    layer.weight.mul_(ratio.view(1, -1, *(1, ) * (layer.weight.dim() - 2)))
+    layer.bias.add_(layer.weight.flatten(1) @ shift)
+    if attention is not None:
+        attention.pad_value.div_(ratio).sub_(shift)

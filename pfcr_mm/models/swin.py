@@ -3,7 +3,7 @@ import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA, WindowMSA
 
 from ..modules import QuantMatmul
-from ..registry import CHAINS, CONVERTERS, POST_NORM
+from ..registry import CHAINS, CONVERTERS, OUTPUT_NORMS, POST_NORM
 from .chain import Chain, Leaf, State
 from .convert import quantize_matmuls
 
@@ -128,6 +128,12 @@ def swin_block_pairs(block):
 def patch_merging_pairs(merging):
     """(norm, linear, None); merging pads before its norm, so nothing follows."""
     return [] if merging.norm is None else [(merging.norm, merging.reduction, None)]
+
+
+@OUTPUT_NORMS.register(f'{_SWIN}.SwinTransformer')
+def swin_output_norms(backbone):
+    """The norm of each output map; nothing else reads what it gives."""
+    return [getattr(backbone, f'norm{i}') for i in backbone.out_indices]
 
 
 @CHAINS.register(f'{_SWIN}.SwinTransformer')

@@ -95,7 +95,7 @@ class Observer:
             if layer.input_quantizer.axis is None:
                 low, high = x.amin().view(1), x.amax().view(1)
             else:
-                flat = x.reshape(-1, x.shape[-1])
+                flat = x.movedim(layer.input_axis, -1).flatten(0, -2)
                 low, high = flat.amin(0), flat.amax(0)
             reservoir.add(rows, low, high)
 

@@ -8,9 +8,9 @@ from tiny_models import calibrated, randomise
 from torch import nn
 
 from pfcr_mm.models import reparameterise
-from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs
+from pfcr_mm.models.reparam import fold_alike, make_channelwise, post_norm_pairs
 from pfcr_mm.models.swin import QuantShiftWindowMSA
-from pfcr_mm.modules import QuantLinear, set_quantization
+from pfcr_mm.modules import QuantLayer, QuantLinear, set_quantization
 
 
 def scale_channels(detector):
@@ -42,14 +42,15 @@ def worst(maps, expected):
 
 
 def test_pairs_of_a_swin_detector(channelwise):
-    assert len(post_norm_pairs(channelwise)) == 8 * 2 + 3
+    # attention and MLP of 8 blocks, 3 mergings, 4 maps that go to the neck
+    assert len(post_norm_pairs(channelwise)) == 8 * 2 + 3 + 4
 
 
 @pytest.mark.parametrize('index', range(3), ids=['64x64', '64x96', '96x64'])
 def test_folded_agrees_with_float_where_windows_are_padded(channelwise, images, index):
     inputs = images[index][0]
     expected = channelwise.extract_feat(inputs)
-    assert reparameterise(channelwise) == 19
+    assert len(reparameterise(channelwise)) == 23
     assert worst(channelwise.extract_feat(inputs), expected) < 1e-5
 
 
@@ -90,7 +91,7 @@ def test_per_tensor_codes_equal_channelwise_codes(channelwise, images):
     reparameterise(channelwise)
     for inputs, _ in images:
         channelwise.extract_feat(inputs.double())
-    assert len(before) == len(codes) == 19
+    assert len(before) == len(codes) == 23
     for k, layer in enumerate(layers):
         assert layer.input_quantizer.scale.numel() == 1
         for a, b in zip(before[k], codes[k]):
@@ -127,21 +128,42 @@ def test_weight_scales_are_invalid_afterwards(channelwise):
     reparameterise(channelwise)
     folded = {id(layer) for _, layer, _ in pairs}
     for module in channelwise.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLayer):
             assert module.weight_quantizer.calibrated == (id(module) not in folded)
+
+
+def test_a_twin_folded_alike_hands_on_the_same_maps(channelwise, images):
+    """Maps between backbone and neck change their meaning, channel by channel."""
+    inputs = images[1][0]
+    twin = copy.deepcopy(channelwise)
+    before, expected = twin.backbone(inputs), twin.extract_feat(inputs)
+    fold_alike(twin, reparameterise(channelwise))
+    assert worst(twin.extract_feat(inputs), expected) < 1e-5
+    assert worst(twin.backbone(inputs), channelwise.backbone(inputs)) < 1e-6
+    assert worst(twin.backbone(inputs), before) > 0.1
+
+
+@pytest.mark.parametrize('extra, count', [(False, 4), ('on_lateral', 4), ('on_input', 3)])
+def test_a_map_with_two_readers_is_not_folded(tiny_config, build_quantized, extra, count):
+    config = copy.deepcopy(tiny_config)
+    config.neck.add_extra_convs = extra
+    detector = build_quantized(config)
+    laterals = [conv.conv for conv in detector.neck.lateral_convs]
+    found = [layer for _, layer, _ in post_norm_pairs(detector) if layer in laterals]
+    assert found == laterals[:count]
 
 
 def test_folding_twice_is_folding_once(channelwise):
     reparameterise(channelwise)
     state = {k: v.clone() for k, v in channelwise.state_dict().items()}
-    assert reparameterise(channelwise) == 0
+    assert len(reparameterise(channelwise)) == 0
     assert all(torch.equal(v, state[k]) for k, v in channelwise.state_dict().items())
 
 
 def test_nothing_is_folded_without_calibration(build_quantized):
     detector = build_quantized()
     make_channelwise(detector)
-    assert reparameterise(detector) == 0
+    assert len(reparameterise(detector)) == 0
 
 
 def test_by_hand():
@@ -157,7 +179,7 @@ def test_by_hand():
     layer.bias.fill_(0.5)
     make_channelwise(merging)
     layer.input_quantizer.set_scale(torch.tensor([1.0, 3.0]), torch.tensor([2.0, 7.0]))
-    assert reparameterise(merging) == 1
+    assert len(reparameterise(merging)) == 1
     # mean scale 2, mean zero point 4.5 -> 4 (half to even); r = .5, 1.5; b = 4, -6
     quantizer = layer.input_quantizer
     assert quantizer.scale.item() == pytest.approx(2) and quantizer.zero_point.item() == 4
