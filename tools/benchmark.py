@@ -3,8 +3,9 @@
     python tools/benchmark.py CONFIG [CONFIG ...] --seeds 0 1 2 --out results/demo.csv
 
 Each run is a process of its own in work_dirs/benchmark/CONFIG_seedN. A run whose report
-is there is not repeated, unless its config has changed since. A run that fails is told
-in one line, the others go on, and the exit code is 1. --no-run only collects reports.
+is there is not repeated, unless its config has changed since; one that was cut short goes
+on where it was. A run that fails is told in one line, the others go on, and the exit code
+is 1. --no-run only collects reports.
 
 Columns: config, weight_bits, activation_bits, seed, iterations (of all units), then box
 and mask AP of the float, the calibrated and the quantized model, seconds. Rows of other
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.fingerprint import fingerprint
+from pfcr_mm.engine.resume import RunCheckpoints
 from pfcr_mm.errors import UsageError
 from pfcr_mm.files import write_atomically
 
@@ -86,17 +88,27 @@ def done(folder, arguments):
 def run(arguments, folder):
     """Quantize in a new process; RuntimeError with one line where it fails.
 
-    Whatever it says on stderr stays in `stderr.txt` of the run's folder.
+    A run that was cut short goes on. Whatever it says on stderr stays in `stderr.txt` of
+    the run's folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    resume = ['--resume'] if RunCheckpoints(folder).files() else []
+    code, line = _process([*arguments, *resume], folder)
+    if resume and code == 2:  # what is there belongs to another config: start over
+        code, line = _process(arguments, folder)
+    if code < 0:
+        raise RuntimeError(f'killed by signal {-code} (out of memory?)')
+    if code:
+        raise RuntimeError(line or f'exit code {code}')
+
+
+def _process(arguments, folder):
+    """(exit code, last line of stderr) of tools/quant.py."""
     with (folder / 'stderr.txt').open('w+') as stderr:
         code = subprocess.run([sys.executable, str(QUANT), *arguments], stderr=stderr).returncode
         stderr.seek(0)
         lines = [line.strip() for line in stderr if line.strip()]
-    if code < 0:
-        raise RuntimeError(f'killed by signal {-code} (out of memory?)')
-    if code:
-        raise RuntimeError(lines[-1] if lines else f'exit code {code}')
+    return code, lines[-1] if lines else ''
 
 
 def row(name, report):

@@ -66,6 +66,32 @@ def test_off_predicts_what_mmdets_cascade_does(detector, floating, images):
         torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-4, rtol=1e-4)
 
 
+def same_predictions(detector, floating, inputs, samples):
+    ours, theirs = (d.predict(inputs, copy.deepcopy(samples), rescale=False)
+                    for d in (detector, floating))
+    for a, b in zip(ours, theirs):
+        assert len(a.pred_instances) == len(b.pred_instances)
+        torch.testing.assert_close(
+            a.pred_instances.scores, b.pred_instances.scores, atol=1e-4, rtol=1e-4)
+
+
+def test_an_image_smaller_than_a_window(detector, floating, images):
+    """32x32 pixels are 8x8 tokens at first, and 1x1 at last, in windows of 7x7."""
+    sample = copy.deepcopy(images[0][1])
+    sample[0].set_metainfo(dict(
+        img_shape=(20, 24), pad_shape=(32, 32), batch_input_shape=(32, 32), ori_shape=(20, 24)))
+    same_predictions(detector, floating, images[0][0][..., :32, :32], sample)
+
+
+def test_a_batch_of_very_different_sizes(detector, floating, images):
+    """One image fills the batch, one is a corner of it."""
+    large, small = images[1][0], torch.zeros_like(images[1][0])
+    small[..., :12, :9] = images[0][0][..., :12, :9]
+    samples = [copy.deepcopy(images[1][1][0]) for _ in range(2)]
+    samples[1].set_metainfo(dict(img_shape=(12, 9), ori_shape=(12, 9)))
+    same_predictions(detector, floating, torch.cat([large, small]), samples)
+
+
 def test_box_outputs_are_deltas_whatever_the_loss(detector):
     """GIoU on decoded boxes trains deltas: nothing special at inference."""
     head = detector.roi_head.bbox_head[0]

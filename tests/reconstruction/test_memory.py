@@ -34,17 +34,24 @@ def test_against_the_reconstructor(levels, traversal):
     schedule = build_schedule(chain, levels, traversal)
     reconstructor = ChainReconstructor(
         chain, chain_of(teacher), stream(inputs), stream(inputs), torch.device('cpu'), 2, 0)
-    held = []
-
-    def measure(_):
-        held.append(sum(t.numel() for streams in (reconstructor.quantized, reconstructor.floating)
-                        for s in streams.values() for state in s.states for t in state.tensors))
-
-    reconstructor.run(schedule, lambda level: UnitConfig(iters=1, batch_size=2),
-                      Stage(1, True, True, ()), on_unit_start=measure, on_unit_end=measure)
     sizes, sides = memory.boundary_sizes(chain, State((torch.cat(inputs, 1), )))
-    estimate = memory.peak_elements(schedule, sizes, sides)
-    assert max(held) <= estimate <= max(held) + sizes[0]  # the outputs in work come on top
+    held, current = [], []
+
+    def measure(targets):
+        held.append(targets + sum(
+            t.numel() for kept in (reconstructor.quantized, reconstructor.floating)
+            for s in kept.streams.values() for state in s.states for t in state.tensors))
+
+    def at_step(*_):  # beside the boundaries, the unit's own float outputs
+        unit, = current
+        measure(sizes[unit.stop] + sum(sides[unit.start:unit.stop]))
+
+    put = reconstructor.quantized.put
+    reconstructor.quantized.put = lambda *args: (put(*args), measure(0))
+    reconstructor.run(
+        schedule, lambda level: UnitConfig(iters=1, batch_size=2), Stage(1, True, True, ()),
+        on_unit_start=lambda unit: current.__setitem__(slice(None), [unit]), on_step=at_step)
+    assert memory.peak_elements(schedule, sizes, sides) == max(held)
 
 
 def test_scales_with_area_and_rois(quantized):

@@ -138,6 +138,24 @@ def test_how_a_process_ends(script, message, benchmark, tmp_path, monkeypatch):
     assert (tmp_path / 'run' / 'stderr.txt').exists()
 
 
+@pytest.mark.parametrize('unfinished, refuses, calls', [
+    (False, False, ['new']), (True, False, ['resume']), (True, True, ['resume', 'new'])],
+    ids=['new', 'cut short', 'of another config'])
+def test_a_run_that_was_cut_short_goes_on(
+        unfinished, refuses, calls, benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, 'QUANT', tmp_path / 'quant.py')
+    log = tmp_path / 'log'
+    benchmark.QUANT.write_text(
+        f"import sys\nhow = 'resume' if '--resume' in sys.argv else 'new'\n"
+        f"open({str(log)!r}, 'a').write(how + '\\n')\n"
+        f"sys.exit(2 if {refuses} and how == 'resume' else 0)\n")
+    if unfinished:
+        (tmp_path / 'run' / 'resume').mkdir(parents=True)
+        (tmp_path / 'run' / 'resume' / '000001.pth').write_bytes(b'')
+    benchmark.run(['mine.py'], tmp_path / 'run')
+    assert log.read_text().split() == calls
+
+
 def test_a_real_run(benchmark, tiny_run, tiny_options, tmp_path):
     config, out = tmp_path / 'mine.py', tmp_path / 'out.csv'
     config.write_text(f"_base_ = '{W4A4}'\nload_from = '{tiny_run.checkpoint}'\n")

@@ -14,7 +14,7 @@ CONFIGS = REPO / 'configs'
 # One of each shape of detector, the largest Swin among them; tests/configs has all configs.
 COCO = [path for path in sorted(CONFIGS.glob('pfcr_*_w4a4.py'))
         if path.stem.startswith(('pfcr_cascade_maskrcnn_swin_s', 'pfcr_maskrcnn_swin_t_official'))
-        or 'vit' in path.stem]
+        or path.stem.startswith('pfcr_maskrcnn_vit')]
 
 
 @pytest.fixture()
