@@ -35,9 +35,9 @@ def test_every_coco_config(config, alone, capsys):
     folder = alone / 'run'
     folder.mkdir()
     (folder / 'report.json').write_text('{}')
-    began = time.time()
+    began = time.process_time()  # the machine may be busy
     assert quant_main([str(config), '--dry-run', '--work-dir', str(folder)]) == 0
-    assert time.time() - began < 60
+    assert time.process_time() - began < 60
     assert [path.name for path in alone.rglob('*')] == ['run', 'report.json']  # left as it is
     plan = capsys.readouterr().out
     assert 'Plan: W4A4' in plan and '256 training images, 32 of them' in plan
