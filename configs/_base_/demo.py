@@ -4,9 +4,9 @@ _base_ = ['../demo/mask-rcnn_swin-demo_shapes.py', './pfcr.py']
 model = dict(type='pfcr_mm.QuantDetector', arch='MaskRCNN')
 load_from = 'pfcr_mm://demo_mask_rcnn_swin.pth'
 
-# 256 of the training images and all 200 held-out ones, drawn on first use
+# 448 of the training images and all 200 held-out ones, drawn on first use
 data_root = 'work_dirs/demo/data/'
-train_dataloader = dict(dataset=dict(data_root=data_root, num_images=256))
+train_dataloader = dict(dataset=dict(data_root=data_root, num_images=448))
 val_dataloader = dict(dataset=dict(data_root=data_root))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
@@ -14,7 +14,8 @@ test_evaluator = val_evaluator
 default_hooks = dict(logger=dict(interval=1000))
 
 quantize_cfg = dict(
-    calibration=dict(images=160, held_out=32, search_images=32),
+    # coarse units learn more at once than leaves do: with 160 images they learn these by heart
+    calibration=dict(images=416, held_out=32, search_images=32),
     reconstruction=dict(
         iters=60, batch_size=8, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=1e-3,
         bias_lr=5e-4,
