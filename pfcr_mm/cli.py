@@ -58,6 +58,7 @@ def test_main(argv=None):
         _check_data(cfg, calibrates=False)
         runner = _build_runner(cfg)
         from .engine.data import check_images
+        from .engine.metrics import counted
         with _damage_told(runner.cfg):
             try:
                 metrics = runner.test()
@@ -66,10 +67,8 @@ def test_main(argv=None):
             except Exception:
                 check_images(runner.test_dataloader.dataset)
                 raise
-        for key in ('bbox_mAP', 'segm_mAP'):
-            value = next((v for k, v in metrics.items() if k.endswith(f'/{key}')), None)
-            if value is not None:
-                print(f'{key}: {value:.4f}')
+        for key, value in counted(metrics).items():
+            print(f'{key}: {value:.4f}')
 
     return _guarded('test.py', run, args)
 

@@ -23,7 +23,8 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['pfcr_mm
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope=SCOPE, locations=['pfcr_mm.models'])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['pfcr_mm.datasets'])
-METRICS = Registry('metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['pfcr_mm.datasets'])
+METRICS = Registry(
+    'metric', parent=MMENGINE_METRICS, scope=SCOPE, locations=['pfcr_mm.evaluation'])
 TRANSFORMS = Registry(
     'transform', parent=MMENGINE_TRANSFORMS, scope=SCOPE, locations=['pfcr_mm.datasets'])
 

@@ -1,5 +1,9 @@
-"""Datasets: the generated `ShapesDataset`, which the demo and the tests run on."""
+"""Datasets: generated shapes, which the demo and the tests run on, and folders of images."""
+from .image_folder import ImageFolder
 from .shapes import CLASSES, draw_image, write_shapes
 from .shapes_dataset import ShapesDataset
+from .timm_transform import TimmPreprocess
 
-__all__ = ['CLASSES', 'ShapesDataset', 'draw_image', 'write_shapes']
+__all__ = [
+    'CLASSES', 'ImageFolder', 'ShapesDataset', 'TimmPreprocess', 'draw_image', 'write_shapes'
+]

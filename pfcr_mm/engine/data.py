@@ -10,7 +10,7 @@ from ..errors import FaultError, UsageError
 from ..registry import DATASETS
 
 
-def calibration_images(cfg, model, count, seed, dataset=None):
+def calibration_images(cfg, model, count, seed, dataset=None, note=None):
     """Draw and preprocess calibration images.
 
     Args:
@@ -19,6 +19,8 @@ def calibration_images(cfg, model, count, seed, dataset=None):
         count (int): how many images; fewer where the split is smaller.
         seed (int): draws them.
         dataset (dict | None): a dataset config of the user's own.
+        note (callable | None): told of images that are left out, where the dataset allows
+            that (`skips_broken`).
 
     Returns:
         list[tuple[Tensor, list]]: inputs (1, 3, H, W) and data samples, an image each.
@@ -37,11 +39,37 @@ def calibration_images(cfg, model, count, seed, dataset=None):
             f'{count}, the training split has {len(dataset)} images')
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     images = []
-    for index in order[:count].tolist():
-        sample = load_sample(dataset, index)
+    for index in order.tolist():
+        if len(images) == count:
+            break
+        try:
+            sample = load_sample(dataset, index)
+        except UsageError as error:
+            if not getattr(dataset, 'skips_broken', False):
+                raise
+            note(f'{error}; it is left out of calibration')
+            continue
         data = model.data_preprocessor(pseudo_collate([sample]), False)
         images.append((data['inputs'].cpu(), data['data_samples']))
+    if not images:
+        raise UsageError('the calibration set is empty: none of its images can be read')
     return images
+
+
+def refuse_shared_images(images, dataset):
+    """Raise UsageError where an image that calibrates would also be evaluated on.
+
+    Args:
+        images (list): from `calibration_images`.
+        dataset (Dataset): what is about to be evaluated on.
+    """
+    used = {sample.metainfo.get('img_path') for _, samples in images for sample in samples}
+    for index in range(len(dataset) if hasattr(dataset, 'get_data_info') else 0):
+        path = dataset.get_data_info(index).get('img_path')
+        if path and path in used:
+            raise UsageError(
+                f'image {path} is both in the calibration set and in the test set: figures would '
+                'be too good; calibrate on other images')
 
 
 def calibration_dataset_cfg(cfg):
@@ -86,8 +114,7 @@ def load_sample(dataset, index):
     try:
         return dataset[index]
     except Exception:
-        path = dataset.get_data_info(index).get('img_path', '')
-        _check_image(path)
+        check_image(dataset, index)
         raise
 
 
@@ -119,10 +146,15 @@ def check_worker(error):
 def check_images(dataset):
     """Raise UsageError for the first image of a dataset that is missing or unreadable."""
     for index in range(len(dataset)):
-        _check_image(dataset.get_data_info(index).get('img_path', ''))
+        check_image(dataset, index)
 
 
-def _check_image(path):
+def check_image(dataset, index):
+    """Raise UsageError where one image of a dataset is missing or unreadable."""
+    if hasattr(dataset, 'check_image'):  # it knows better how it reads
+        dataset.check_image(index)
+        return
+    path = dataset.get_data_info(index).get('img_path', '')
     if not path or '://' in path:
         return
     if not Path(path).exists():

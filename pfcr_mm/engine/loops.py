@@ -31,7 +31,15 @@ from ..reconstruction.calibrate import METHODS
 from ..reconstruction.faults import ON_NONFINITE, check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
-from .data import calibration_images, check_dataset, check_images, check_worker, nominal_size
+from .data import (
+    calibration_images,
+    check_dataset,
+    check_images,
+    check_worker,
+    nominal_size,
+    refuse_shared_images,
+)
+from .metrics import counted
 from .phases import Phase, peak_memory_mb
 from .resumable import Resumable
 from .signals import StopSignals
@@ -184,7 +192,7 @@ class PFCRLoop(Resumable, BaseLoop):
         self._arrange()
         self.images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
-            self.calibration['dataset'])
+            self.calibration['dataset'], self.note)
         self._count([tuple(inputs.shape[-2:]) for inputs, _ in self.images])
         self.teacher = copy.deepcopy(self.model)
         self.teacher_chains, _ = part_chains(self.teacher)
@@ -192,7 +200,8 @@ class PFCRLoop(Resumable, BaseLoop):
     def rehearse(self):
         """What a plan needs, from the config alone: no data, no checkpoint."""
         self._arrange()
-        self._count([nominal_size(self.runner.cfg)] * self.calibration['images'])
+        size = getattr(self.model, 'input_size', None) or nominal_size(self.runner.cfg)
+        self._count([size] * self.calibration['images'])
 
     def _arrange(self):
         """Chains, parts and schedules."""
@@ -297,12 +306,13 @@ class PFCRLoop(Resumable, BaseLoop):
         self._reconstructor = None
 
     def measure(self, state, model):
-        """Test `model` on the test split; AP goes to metrics[state]."""
+        """Test `model` on the test split; what counts goes to metrics[state]."""
         with self._phase(f'evaluate {state}'):
             current, self.runner.model = self.runner.model, model
             try:
                 loop = self.runner.build_test_loop(self.runner._test_loop)
                 self.runner._test_loop = loop
+                refuse_shared_images(self.images, loop.dataloader.dataset)
                 with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
                     result = loop.run()
             except UsageError:
@@ -313,10 +323,7 @@ class PFCRLoop(Resumable, BaseLoop):
                 raise
             finally:
                 self.runner.model = current
-        self.metrics[state] = {
-            key.rpartition('/')[2]: value for key, value in result.items()
-            if key.rpartition('/')[2] in ('bbox_mAP', 'segm_mAP')
-        }
+        self.metrics[state] = counted(result)
         self.all_metrics[state] = result
 
     # --- helpers -------------------------------------------------------------

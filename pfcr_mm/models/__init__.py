@@ -1,5 +1,5 @@
-"""What knows mmdet: conversion, chains, reparameterisation, the manifest."""
-from . import backbones, heads, necks, swin, vit  # noqa: F401  fill the tables
+"""What knows mmdet and timm: conversion, chains, reparameterisation, the manifest."""
+from . import backbones, classifier, heads, necks, swin, timm_swin, vit  # noqa: F401  fill the tables
 from .chain import Chain, Leaf, State
 from .convert import QuantConfig, convert
 from .detector import QuantDetector, part_chains

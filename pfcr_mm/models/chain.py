@@ -55,11 +55,13 @@ class Chain:
         name (str): 'backbone', 'neck', 'rpn_head', 'bbox_head', 'mask_head'.
         leaves (list[Leaf]): in order of execution.
         channel_axis (int): axis of the channels in state tensors and side outputs.
+        gives (str): what comes out at the end: 'maps', or 'logits' of a classifier.
     """
 
     name: str
     leaves: list
     channel_axis: int
+    gives: str = 'maps'
 
     def run(self, state, start=0, stop=None):
         """Run leaves [start, stop).

@@ -17,9 +17,11 @@ from ..modules import QuantLayer
 from .fold import fold_state
 from .manifest import FORMAT, build_manifest
 from .official_swin import from_official_swin, is_official_swin
+from .timm_names import timm_weights
 
 ASSETS = Path(__file__).parents[1] / 'assets'
 _ASSET_SCHEME = 'pfcr_mm://'
+_TIMM_SCHEME = 'timm://'
 
 def _history_method(owner, name):
     """Stands in for `getattr` while unpickling: only HistoryBuffer's own methods."""
@@ -44,8 +46,8 @@ def read_checkpoint(path, allow_pickle=False):
     """Read a checkpoint without executing what it may carry.
 
     Args:
-        path (str): a file, an http(s) URL, or 'pfcr_mm://NAME' for a file
-            that ships with this package.
+        path (str): a file, an http(s) URL, 'pfcr_mm://NAME' for a file that ships with
+            this package, or 'timm://MODEL' for weights that timm downloads.
         allow_pickle (bool): True runs arbitrary pickled code; only for own files.
 
     Returns:
@@ -54,6 +56,8 @@ def read_checkpoint(path, allow_pickle=False):
     Raises:
         UsageError: missing, damaged, or in need of pickle.
     """
+    if str(path).startswith(_TIMM_SCHEME):
+        return dict(meta={}, state_dict=timm_weights(str(path)[len(_TIMM_SCHEME):]))
     if str(path).startswith(_ASSET_SCHEME):
         path = str(ASSETS / str(path)[len(_ASSET_SCHEME):])
     allow = nullcontext() if allow_pickle else torch.serialization.safe_globals(_HARMLESS)
@@ -109,10 +113,12 @@ def load_float(detector, checkpoint, path):
         raise UsageError(
             f'checkpoint {path} is quantized already; give the float checkpoint it came from')
     state = {re.sub(r'^module\.', '', k): v for k, v in checkpoint['state_dict'].items()}
-    if is_official_swin(state):
+    if hasattr(detector, 'own_names'):  # it knows more than one naming
+        state = detector.own_names(state)
+    own = detector.state_dict()
+    if is_official_swin(state) and not is_official_swin(own):
         state = from_official_swin(state)
     fold_state(state, detector.folded)
-    own = detector.state_dict()
     if not own.keys() & state.keys():
         raise UsageError(
             f"checkpoint {path} fits neither mmdet's naming of this detector nor that of the "

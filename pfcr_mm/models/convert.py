@@ -246,7 +246,7 @@ def _end_layers(model):
     """Names of the first convolution and of the predictors."""
     first = next((n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)), None)
     last = {n for n, _ in model.named_modules() if any(fnmatchcase(n, p) for p in LAST_LAYERS)}
-    return last | {first}
+    return last | {first, *getattr(model, 'last_layers', ())}
 
 
 def _check_patterns(quant, names):

@@ -102,7 +102,7 @@ def classifier_chain(vit):
     heads = [getattr(vit, name, None)
              for name in ('norm', 'attn_pool', 'fc_norm', 'head', 'head_dist')]
     leaves.append(Leaf('head', classify, tuple(head for head in heads if head is not None)))
-    return Chain('backbone', leaves, channel_axis=-1)
+    return Chain('backbone', leaves, channel_axis=-1, gives='logits')
 
 
 def _groups(backbone):

@@ -7,7 +7,7 @@ import torch
 
 from . import roi
 
-SIDE = 256  # of the small image; all common strides divide it
+SIDE = 256  # of the small image, where the model takes any; all common strides divide it
 
 
 @torch.no_grad()
@@ -26,7 +26,8 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
         dict[str, int]: by part; 0 where nothing is reconstructed. The images themselves
         are left out.
     """
-    image = next(model.parameters()).new_zeros(1, 3, SIDE, SIDE)
+    height, width = getattr(model, 'input_size', (SIDE, SIDE))
+    image = next(model.parameters()).new_zeros(1, 3, height, width)
     found = {}
     for part, schedule in schedules.items():
         if not schedule:
@@ -35,7 +36,7 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
         sizes, sides = boundary_sizes(chains[part], roi.sample_state(model, part, image, rois))
         if part == 'backbone':
             sizes[0] = 0  # the images are there anyhow
-        scale = images if part.startswith('roi_head.') else pixels / SIDE**2
+        scale = images if part.startswith('roi_head.') else pixels / (height * width)
         found[part] = round(peak_elements(schedule, sizes, sides) * scale)
     return found
 

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from mmengine.config import Config
@@ -19,7 +20,7 @@ REPO = Path(__file__).parents[2]
 CONFIGS = REPO / 'configs'
 MIM = REPO / 'pfcr_mm' / '.mim'
 ALL = sorted(CONFIGS.rglob('*.py'))
-BASES = [path for path in ALL if path.parent.name == '_base_']
+BASES = [path for path in ALL if '_base_' in path.parts]
 QUANT = [path for path in ALL if path.name.startswith('pfcr_')]
 BLOCK = [path for path in ALL if path.name.startswith('block_')]  # the baseline of the demo
 FLOAT = [path for path in ALL if path not in BASES + QUANT + BLOCK]
@@ -27,6 +28,11 @@ FLOAT = [path for path in ALL if path not in BASES + QUANT + BLOCK]
 COCO = ('pfcr_maskrcnn_swin_t', 'pfcr_maskrcnn_swin_s', 'pfcr_maskrcnn_swin_t_official',
         'pfcr_maskrcnn_swin_s_official', 'pfcr_cascade_maskrcnn_swin_t',
         'pfcr_cascade_maskrcnn_swin_s', 'pfcr_maskrcnn_vit_b', 'pfcr_cascade_maskrcnn_vit_b')
+
+
+CLASSIFIERS = dict(pfcr_vit_s=.8139, pfcr_vit_b=.8454, pfcr_deit_t=.7221, pfcr_deit_s=.7985,
+                   pfcr_deit_b=.8180, pfcr_swin_t=.8135, pfcr_swin_s=.8323, pfcr_swin_b=.8527,
+                   pfcr_vit_ti=None)
 
 
 @cache
@@ -66,12 +72,13 @@ def test_survives_a_dump(path, tmp_path):
 @pytest.mark.parametrize('path', FLOAT + QUANT + BLOCK, ids=ids(FLOAT + QUANT + BLOCK))
 def test_builds_its_model(path):
     cfg = load(path)
-    if 'init_cfg' in cfg.model.backbone:
+    if 'init_cfg' in cfg.model.get('backbone', {}):
         cfg.model.backbone.init_cfg = None  # nothing to download
     # a ViT-B takes seconds to initialise: shapes do (mmdet's Swin cannot be built so)
-    with torch.device('meta' if 'vit' in path.stem else 'cpu'):
+    quick = 'vit' in path.stem or path.parent.name == 'classification'
+    with torch.device('meta' if quick else 'cpu'):
         detector = MODELS.build(dict(cfg.model, _scope_='mmdet'))
-    assert type(detector).__name__ == cfg.model.get('arch', cfg.model.type)
+    assert type(detector).__name__ == cfg.model.get('arch', cfg.model.type).rpartition('.')[2]
     layers = [m for m in detector.modules() if isinstance(m, QuantLayer)]
     assert bool(layers) == (path in QUANT + BLOCK)
 
@@ -109,6 +116,9 @@ def test_calibrates_on_the_training_split(path):
     train, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
     while 'dataset' in train:
         train = train.dataset
+    if 'draw' in test:  # one folder for both
+        assert test.draw == dict(train.draw, rest=True) and train.draw.count > 0
+        return
     for key in ('ann_file', 'split'):
         if key in test:
             assert 'train' in train[key] and 'val' in test[key]
@@ -139,7 +149,7 @@ def test_only_the_bits_differ_within_a_family():
         families.setdefault(re.sub(r'_w\da\d$', '', path.stem), []).append(cfg)
     assert {'pfcr_maskrcnn_swin_demo', *COCO} <= set(families)
     for name, configs in families.items():
-        assert len(configs) >= 4 or 'demo' in name
+        assert len(configs) >= (3 if name in CLASSIFIERS else 4) or 'demo' in name
         assert all(cfg == configs[0] for cfg in configs)
 
 
@@ -147,6 +157,20 @@ def test_only_the_bits_differ_within_a_family():
 def test_every_coco_row_has_four_widths(family):
     widths = [bits_in(path) for path in QUANT if re.sub(r'_w\da\d$', '', path.stem) == family]
     assert sorted(widths) == [(3, 3), (4, 4), (6, 6), (8, 8)]
+
+
+@pytest.mark.parametrize('family', CLASSIFIERS)
+def test_every_classifier_has_three_widths(family):
+    paths = [path for path in QUANT if re.sub(r'_w\da\d$', '', path.stem) == family]
+    assert sorted(map(bits_in, paths)) == [(3, 3), (4, 4), (6, 6)]
+    cfg = load(paths[0])
+    name, expected = cfg.model.model_name, CLASSIFIERS[family]
+    steps = [loader.dataset.pipeline for loader in (cfg.train_dataloader, cfg.test_dataloader)]
+    assert [[step.model_name for step in pipeline] for pipeline in steps] == [[name], [name]]
+    assert timm.is_model(name) and timm.models.get_pretrained_cfg(name) is not None
+    if expected is not None:
+        assert cfg.quantize_cfg.expected.to_dict() == dict(top1=expected)
+        assert cfg.load_from == f'timm://{name}'
 
 
 @pytest.mark.parametrize('family, bbox, segm', [

@@ -11,6 +11,7 @@ from ...models.manifest import build_manifest
 from ...registry import HOOKS
 from ..fingerprint import fingerprint
 from ..loops import CHECKPOINT
+from ..metrics import titles
 from ..phases import peak_memory_mb
 
 _STATES = (('float', 'float'), ('calibrated', 'calibrated only'), ('quantized', 'PFCR'))
@@ -40,7 +41,8 @@ def build_report(runner):
         runner (QuantRunner): after its loop has run.
 
     Returns:
-        dict: plain data; AP from 0 to 1, sizes in MB (10**6 bytes), times in seconds.
+        dict: plain data; AP and accuracies from 0 to 1, sizes in MB (10**6 bytes), times
+        in seconds.
     """
     loop = runner.quantize_loop
     model, quant = runner.model, runner.model.quant_config
@@ -83,10 +85,11 @@ def table(report):
         report (dict): see `build_report`.
 
     Returns:
-        list[str]: one row a state: box AP, mask AP (in percent), size.
+        list[str]: one row a state: box AP and mask AP, or top-1 and top-5 (in percent), size.
     """
     bits = report['bits']
-    rows = [('', 'box AP', 'mask AP', 'size (MB)')]
+    shown = titles(*(report.get(state) for state, _ in _STATES))
+    rows = [('', *shown.values(), 'size (MB)')]
     for state, label in _STATES:
         metrics = report.get(state)
         if not metrics:
@@ -95,8 +98,8 @@ def table(report):
             label = f"W{bits['weight']}A{bits['activation']} {label}"
         size = report['size_mb']['float' if state == 'float' else 'quantized']
         rows.append((label, *(_percent(metrics, key, report.get('float'), state)
-                              for key in ('bbox_mAP', 'segm_mAP')), f'{size:.2f}'))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+                              for key in shown), f'{size:.2f}'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |'
              for row in rows]
     lines.insert(1, '|' + '|'.join('-' * (w + 2) for w in widths) + '|')
@@ -105,12 +108,14 @@ def table(report):
 
 def markdown(report):
     """The contents of `report.md`."""
+    measure = 'accuracy' if 'top1' in titles(*(report.get(s) for s, _ in _STATES)) else 'AP'
     lines = [
         f"# {report['model']}, W{report['bits']['weight']}A{report['bits']['activation']}", '',
         f"Calibrated on {report['calibration']['images']} images of the "
         f"{report['calibration']['split']} split, POS {report['pos']}, seed {report['seed']}, "
         f"{report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MB. "
-        'AP in percent; in brackets the share of the float AP.', '', *table(report), ''
+        f'{measure} in percent; in brackets the share of the float {measure}.', '',
+        *table(report), ''
     ]
     if report['notes']:
         lines += ['## Notes', '', *(f'- {note}' for note in report['notes']), '']

@@ -1,0 +1,4 @@
+"""DeiT-B/16 on ImageNet, 3-bit weights, 3-bit activations."""
+_base_ = '../_base_/deit_b.py'
+
+model = dict(quant=dict(weight_bits=3, activation_bits=3))

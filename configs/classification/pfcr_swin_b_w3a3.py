@@ -1,0 +1,4 @@
+"""Swin-B on ImageNet, 3-bit weights, 3-bit activations."""
+_base_ = '../_base_/swin_b.py'
+
+model = dict(quant=dict(weight_bits=3, activation_bits=3))

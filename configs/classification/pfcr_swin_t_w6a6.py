@@ -1,0 +1,4 @@
+"""Swin-T on ImageNet, 6-bit weights, 6-bit activations."""
+_base_ = '../_base_/swin_t.py'
+
+model = dict(quant=dict(weight_bits=6, activation_bits=6))

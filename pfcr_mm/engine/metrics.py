@@ -1,0 +1,30 @@
+"""Which metrics of an evaluator count, and how they are called."""
+
+# Families: of each result the first one that it has is reported. Values are from 0 to 1.
+FAMILIES = (dict(bbox_mAP='box AP', segm_mAP='mask AP'), dict(top1='top-1', top5='top-5'))
+NAMES = tuple(name for family in FAMILIES for name in family)
+
+
+def counted(result):
+    """The metrics that count, without the evaluator's prefix.
+
+    Args:
+        result (dict): of an evaluator, such as {'coco/bbox_mAP': 0.4, ...}.
+    """
+    plain = {key.rpartition('/')[2]: value for key, value in result.items()}
+    return {key: value for key, value in plain.items() if key in NAMES}
+
+
+def titles(*results):
+    """Names and titles of the family that the results belong to.
+
+    Args:
+        *results (dict | None): from `counted`.
+
+    Returns:
+        dict[str, str]: title by name; of detectors where nothing was measured.
+    """
+    for family in FAMILIES:
+        if any(name in (result or {}) for result in results for name in family):
+            return family
+    return FAMILIES[0]

@@ -1,0 +1,4 @@
+"""Metrics."""
+from .top_k import TopK
+
+__all__ = ['TopK']

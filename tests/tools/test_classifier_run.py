@@ -1,0 +1,128 @@
+"""The command lines on a tiny classifier: the code path that detectors take."""
+import json
+from pathlib import Path
+
+import demo_runs
+import pytest
+import torch
+from demo_runs import REPO
+from mmengine.config import Config
+from tiny_classifiers import CLASSES, build_classifier, float_state, write_folder
+
+from pfcr_mm.cli import quant_main
+from pfcr_mm.cli import test_main as check_main
+from pfcr_mm.registry import DATASETS
+
+W4A4 = REPO / 'configs' / 'classification' / 'pfcr_vit_ti_w4a4.py'
+COUNT, HELD_OUT = 8, 2
+
+
+def options(root, iters=2):
+    """Options of a quick run of the tiny ViT on the images below `root`."""
+    return (
+        'model.timm_args.img_size=64', 'model.timm_args.depth=4', 'model.timm_args.embed_dim=32',
+        'model.timm_args.num_heads=2', f'model.num_classes={CLASSES}',
+        *(f'{split}_dataloader.dataset.{key}' for split in ('train', 'test') for key in (
+            f'data_root={root}', f'num_classes={CLASSES}', f'draw.count={COUNT}',
+            'pipeline.0.timm_args.img_size=64')),
+        f'quantize_cfg.calibration.images={COUNT}',
+        f'quantize_cfg.calibration.held_out={HELD_OUT}', 'quantize_cfg.calibration.rows=128',
+        f'quantize_cfg.reconstruction.iters={iters}',
+        *(f'quantize_cfg.reconstruction.per_level.{level}.iters={iters}'
+          for level in ('pair', 'quad', 'backbone')))
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """(folder, float checkpoint, options, exit code) of a finished run."""
+    base = tmp_path_factory.mktemp('classifier')
+    root = write_folder(base / 'images')
+    torch.save(float_state(build_classifier('vit')), base / 'float.pth')
+    code = quant_main(
+        demo_runs.arguments(W4A4, base / 'float.pth', base / 'run', options(root)))
+    return base / 'run', base / 'float.pth', options(root), code
+
+
+def test_report(run):
+    folder, _, _, code = run
+    assert code == 0
+    report = json.loads((folder / 'report.json').read_text())
+    assert report['model'] == 'TimmClassifier' and report['bits'] == dict(weight=4, activation=4)
+    for state in ('float', 'calibrated', 'quantized'):
+        assert list(report[state]) == ['top1', 'top5'] and report[state]['top5'] == 1
+    assert report['calibration'] == dict(images=COUNT, split='train')
+    assert [u['level'] for u in report['units']].count('quad') == 1
+    assert report['units'][-1]['name'] == 'backbone' and report['parts_without_chain'] == {}
+    lines = (folder / 'report.md').read_text().splitlines()
+    table = next(line for line in lines if 'size (MB)' in line)
+    assert [cell.strip() for cell in table.split('|')[2:5]] == ['top-1', 'top-5', 'size (MB)']
+    assert 'accuracy in percent' in lines[2]
+
+
+def test_the_checkpoint_tests_the_same(run, tmp_path, capsys):
+    folder, _, given, _ = run
+    assert check_main(demo_runs.arguments(W4A4, folder / 'quantized.pth', tmp_path, given)) == 0
+    report = json.loads((folder / 'report.json').read_text())
+    printed = capsys.readouterr().out
+    assert f"top1: {report['quantized']['top1']:.4f}" in printed and 'top5: 1.0000' in printed
+
+
+def test_calibration_and_evaluation_share_no_image(run):
+    cfg = Config.fromfile(run[0] / W4A4.name)
+    train, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
+    assert (train.draw.count, train.draw.seed, train.draw.get('rest', False)) == (COUNT, 0, False)
+    assert (test.draw.count, test.draw.seed, test.draw.rest) == (COUNT, 0, True)
+
+
+def refused(args, capsys, *words):
+    capsys.readouterr()
+    assert quant_main([str(a) for a in args]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0]
+
+
+def test_a_leak_is_refused(run, tmp_path, capsys):
+    leak = (*run[2], 'test_dataloader.dataset.draw.rest=False', 'quantize_cfg.levels=[]')
+    refused(demo_runs.arguments(W4A4, run[1], tmp_path, leak), capsys,
+            '.JPEG is both in the calibration set and in the test set')
+
+
+@pytest.mark.parametrize('option, word', [
+    ('model.model_name=resnet50', "'resnet50' is no plain transformer"),
+    ('model.num_classes=7', 'head'),
+    ('train_dataloader.dataset.num_classes=3', 'labels.txt:13: class 3 is out of range'),
+    ('test_dataloader.dataset.ann_file=nobody.txt', 'nobody.txt is missing'),
+    ('train_dataloader.dataset.draw.count=20', 'draw.count=20'),
+    ('train_dataloader.dataset.data_root=nowhere', 'nowhere'),
+])
+def test_bad_input(option, word, run, tmp_path, capsys):
+    refused(demo_runs.arguments(W4A4, run[1], tmp_path, (*run[2], option)), capsys, word)
+
+
+def broken_run(run, tmp_path, rest):
+    """A run with one broken image, among those drawn or among the others."""
+    root = write_folder(tmp_path / 'images')
+    dataset = Config.fromfile(run[0] / W4A4.name).train_dataloader.dataset
+    dataset.update(data_root=str(root), draw=dict(count=COUNT, seed=0, rest=rest))
+    path = DATASETS.build(dataset).get_data_info(0)['img_path']
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[:len(content) // 2])
+    given = (*options(root), 'quantize_cfg.levels=[]', 'quantize_cfg.pos.mode=off',
+             'quantize_cfg.evaluate.float=False', 'quantize_cfg.evaluate.calibrated=False')
+    return path, demo_runs.arguments(W4A4, run[1], tmp_path / 'run', given)
+
+
+def test_a_broken_image_is_left_out_of_calibration(run, tmp_path):
+    path, arguments = broken_run(run, tmp_path, rest=False)
+    assert quant_main(arguments) == 0
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    assert report['calibration']['images'] == COUNT - 1
+    note, = [note for note in report['notes'] if path in note]
+    assert note.endswith('it is left out of calibration')
+
+
+def test_a_broken_image_ends_an_evaluation(run, tmp_path, capsys):
+    path, arguments = broken_run(run, tmp_path, rest=True)
+    refused(arguments, capsys, f'image {path} cannot be read as an image')
