@@ -173,22 +173,28 @@ def test_killed_with_other_options(quick, die, tmp_path):
 
 def test_sigkill_at_random_moments(quick, tmp_path):
     """The system kills the process; `tools/dev/kill_test.py` does it to whole runs."""
-    began = time.time()
     assert os.waitpid(forked(quick(tmp_path / 'whole', extra=BRIEF)), 0)[1] == 0
-    seconds = time.time() - began
     args, moments, kills = quick(tmp_path / 'run', '--resume', extra=BRIEF), random.Random(0), 0
     while True:
-        child = forked(args)
-        life = time.time() + (seconds * moments.random() if kills < 5 else 600)
-        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.time() < life:
-            time.sleep(0.01)
+        known, child = newest(tmp_path / 'run'), forked(args)
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if kills < 3 and newest(tmp_path / 'run') > known:  # it has come further
+                time.sleep(0.1 * moments.random())
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+            time.sleep(0.002)
         if ended[0]:
             break
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         kills += 1
     assert ended[1] == 0 and kills >= 2
     assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
+
+
+def newest(folder):
+    """Number of the last checkpoint of an unfinished run."""
+    files = RunCheckpoints(folder).files()
+    return int(files[-1].stem) if files else 0
 
 
 def forked(args):
