@@ -23,10 +23,11 @@ setup(
         'onedl-mmcv>=2.3.6',
         'onedl-mmdetection>=3.5.1',
         'pycocotools',
+        'safetensors',
         'timm>=1.0.31',
         'torchvision',
     ],
     extras_require={
-        'dev': ['pytest', 'ruff'],
+        'dev': ['hypothesis', 'pytest', 'ruff'],
     },
 )

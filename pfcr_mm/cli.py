@@ -36,7 +36,7 @@ def quant_main(argv=None):
         cfg.resume = args.resume or bool(cfg.get('resume', False))
         _check_data(cfg, calibrates=True)
         _make_work_dir(cfg)
-        with WorkDirLock(cfg.work_dir), _damage_told(cfg):
+        with WorkDirLock(cfg.work_dir), _damage_told(cfg), _safe(cfg):
             _build_runner(cfg).quantize()
 
     return _guarded('quant.py', run, args)
@@ -56,10 +56,10 @@ def test_main(argv=None):
     def run():
         cfg = _read_config(args)
         _check_data(cfg, calibrates=False)
-        runner = _build_runner(cfg)
         from .engine.data import check_images
         from .engine.metrics import counted
-        with _damage_told(runner.cfg):
+        with _damage_told(cfg), _safe(cfg):
+            runner = _build_runner(cfg)
             try:
                 metrics = runner.test()
             except UsageError:
@@ -114,8 +114,8 @@ def _parser(description, program):
     parser.add_argument('--work-dir', help='where to write (default: work_dirs/CONFIG)')
     parser.add_argument('--cfg-options', nargs='+', action=_Overrides, metavar='KEY=VALUE',
                         help='overrides of the config')
-    parser.add_argument('--allow-pickle', action='store_true',
-                        help='let the checkpoint run pickled code; only for your own files')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='let checkpoints run pickled code; only for your own files')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
                         help='job launcher')
     return parser
@@ -142,8 +142,8 @@ def _read_config(args):
     args.work_dir = cfg.work_dir  # where a traceback would go
     if args.checkpoint:
         cfg.load_from = args.checkpoint
-    if args.allow_pickle:
-        cfg.allow_pickle = True
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     model_type = cfg.get('model', {}).get('type')
     if str(model_type) != 'pfcr_mm.QuantDetector':
         raise UsageError(
@@ -191,6 +191,12 @@ def _check_data(cfg, calibrates):
     own = cfg.get('quantize_cfg', {}).get('calibration', {}).get('dataset')
     if calibrates and not own and cfg.get('train_dataloader') is not None:
         check_dataset(calibration_dataset_cfg(cfg), 'train_dataloader')
+
+
+def _safe(cfg):
+    """No checkpoint that anything here opens runs code, unless the user trusts it."""
+    from .models.safety import only_weights
+    return only_weights(bool(cfg.get('trust_checkpoint', False)))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
 from pfcr_mm.errors import UsageError  # importing the package registers its scope
+from pfcr_mm.models.safety import only_weights
 
 
 def main():
@@ -22,7 +23,8 @@ def main():
     # -100 masks give denormal attention weights, which slow a CPU down
     torch.set_flush_denormal(True)
     try:
-        Runner.from_cfg(cfg).train()
+        with only_weights():
+            Runner.from_cfg(cfg).train()
     except UsageError as error:
         print(f'train.py: error: {error}', file=sys.stderr)
         return 2

@@ -3,8 +3,9 @@ import hashlib
 import json
 
 # What says where and how a run is made, and not what is run.
-_CIRCUMSTANCES = ('work_dir', 'launcher', 'resume', 'allow_pickle', 'log_level', 'log_processor',
-                  'visualizer', 'vis_backends', 'quantize_hooks', 'default_hooks')
+_CIRCUMSTANCES = ('work_dir', 'launcher', 'resume', 'trust_checkpoint', 'log_level',
+                  'log_processor', 'visualizer', 'vis_backends', 'quantize_hooks',
+                  'default_hooks')
 
 
 def fingerprint(cfg):

@@ -92,7 +92,7 @@ class PFCRLoop(Resumable, BaseLoop):
         for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
                            ('rows', 4)):
             value = self.calibration[key]
-            if not isinstance(value, int) or value < least:
+            if not _is_integer(value, least):
                 raise UsageError(
                     f'quantize_cfg.calibration.{key}={value!r} is not an integer of {least} or '
                     'more')
@@ -111,6 +111,10 @@ class PFCRLoop(Resumable, BaseLoop):
                 UnitConfig.build(base, level, 'quantize_cfg.reconstruction')
             check_levels(base.get('per_level', {}), 'quantize_cfg.reconstruction.per_level')
         self.rois = _known(dict(proposals=64, detections=16), rois, 'rois')
+        for key, value in self.rois.items():
+            if not _is_integer(value, 0):
+                raise UsageError(
+                    f'quantize_cfg.rois.{key}={value!r} is not an integer of 0 or more')
         self.cache_dtype = getattr(torch, cache_dtype, cache_dtype) if cache_dtype else None
         if self.cache_dtype is not None and not isinstance(self.cache_dtype, torch.dtype):
             raise UsageError(
@@ -403,7 +407,13 @@ def _weights_calibrated(model):
     return all(m.weight_quantizer.calibrated for m in model.modules() if isinstance(m, QuantLayer))
 
 
+def _is_integer(value, least):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _known(defaults, given, key):
+    if given is not None and not isinstance(given, dict):
+        raise UsageError(f'quantize_cfg.{key}={given!r} is no dict')
     for name in given or {}:
         if name not in defaults:
             raise UsageError(

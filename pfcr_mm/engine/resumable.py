@@ -90,7 +90,7 @@ class Resumable:
             finished=list(self.finished), position=self.position,
             paths=self._reconstructor.paths() if self._reconstructor else None,
             records=[asdict(record) for record in self.records], notes=list(self.notes),
-            folds=dict(self.folds), metrics=plain(self.metrics),
+            folds=dict(self.folds), boxes=_pack(self._boxes), metrics=plain(self.metrics),
             all_metrics=plain(self.all_metrics), phases=plain(phases), seconds=self.elapsed(),
             checkpoint_seconds=self.checkpoint_seconds, random=random_state())
 
@@ -98,7 +98,7 @@ class Resumable:
         """Go on from a `state_dict` of the same config."""
         check_identity(state['identity'], self.identity, self.checkpoints.folder)
         load_model_state(self.model, state['model'])
-        self.folds = state['folds']
+        self.folds, self._boxes = state['folds'], _unpack(state['boxes'])
         fold_alike(self.teacher, self.folds)
         self.finished, self.position = state['finished'], state['position']
         self._paths = state['paths']
@@ -139,6 +139,16 @@ class Resumable:
         return identity(
             self.runner.cfg, **{'seed': str(self.seed), 'float checkpoint': weights.hexdigest(),
                                 'calibration images': f'{images:08x}'})
+
+
+def _pack(boxes):
+    """Boxes of all images as one tensor a part: many small ones take long to write."""
+    return boxes and {part: (torch.cat(found), [len(b) for b in found])
+                      for part, found in boxes.items()}
+
+
+def _unpack(boxes):
+    return boxes and {part: list(found.split(counts)) for part, (found, counts) in boxes.items()}
 
 
 def environment():

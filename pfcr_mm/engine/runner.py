@@ -10,7 +10,14 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from ..errors import FaultError, UsageError
-from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
+from ..models.checkpoint import (
+    check_float,
+    check_quantized,
+    load_float,
+    load_quantized,
+    manifest_of,
+    read_checkpoint,
+)
 from ..registry import LOOPS, RUNNERS
 from ..version import __version__
 from .lock import WorkDirLock
@@ -22,7 +29,7 @@ class QuantRunner(Runner):
     """Quantizes a detector, or tests a quantized one.
 
     Reads three keys beyond the stock ones: `quantize_cfg`, the loop; `quantize_hooks`,
-    hooks beside `default_hooks` and `custom_hooks`; and `allow_pickle`, which lets
+    hooks beside `default_hooks` and `custom_hooks`; and `trust_checkpoint`, which lets
     checkpoints run pickled code (off).
 
     `quantize()` wants a float checkpoint, `test()` and `val()` a quantized one;
@@ -75,9 +82,17 @@ class QuantRunner(Runner):
                 raise UsageError(
                     f'quantize_cfg.{key} is not a known key; choose of '
                     f"{[name for name in known if name != 'runner']}")
-        self.quantize_loop = LOOPS.build(self.cfg.quantize_cfg, default_args=dict(runner=self))
-        for hook in self.cfg.get('quantize_hooks', ()):
-            self.register_hook(hook)
+        key = 'quantize_cfg'
+        try:
+            self.quantize_loop = LOOPS.build(
+                self.cfg.quantize_cfg, default_args=dict(runner=self))
+            key = 'quantize_hooks'
+            for hook in self.cfg.get('quantize_hooks', ()):
+                self.register_hook(hook)
+        except (TypeError, AttributeError, ValueError) as error:  # no dict, no list, ...
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f'{key} is not right: {error}') from error
         return self.quantize_loop
 
     def test(self):
@@ -88,7 +103,10 @@ class QuantRunner(Runner):
 
     def load_checkpoint(self, filename, map_location='cpu', strict=False, revise_keys=None):
         """Load safely, and the kind of weights that is wanted, or raise UsageError."""
-        checkpoint = read_checkpoint(filename, bool(self.cfg.get('allow_pickle', False)))
+        check = check_float if self._wants == 'float' else check_quantized
+        checkpoint = read_checkpoint(
+            filename, bool(self.cfg.get('trust_checkpoint', False)),
+            lambda found: check(self.model, found, filename))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         load = load_float if self._wants == 'float' else load_quantized
         load(self.model, checkpoint, filename)

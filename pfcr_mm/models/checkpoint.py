@@ -3,52 +3,39 @@ import hashlib
 import io
 import os
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
-from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 
 from ..errors import UsageError
 from ..files import write_atomically
 from ..modules import QuantLayer
+from .fit import DERIVED, check_float_values, check_quantized_state
 from .fold import fold_state
 from .manifest import FORMAT, build_manifest
 from .official_swin import from_official_swin, is_official_swin
+from .safetensors import read_safetensors, save_safetensors
+from .safety import load_weights, look
 from .timm_names import timm_weights
 
 ASSETS = Path(__file__).parents[1] / 'assets'
 _ASSET_SCHEME = 'pfcr_mm://'
 _TIMM_SCHEME = 'timm://'
-
-def _history_method(owner, name):
-    """Stands in for `getattr` while unpickling: only HistoryBuffer's own methods."""
-    if owner is not HistoryBuffer or name not in ('mean', 'min', 'max', 'current'):
-        raise ValueError(f'a checkpoint may not look up {name!r}')
-    return getattr(owner, name)
-
-
-# What MMEngine's own training checkpoints hold besides tensors: plain numbers.
-_HARMLESS = [
-    HistoryBuffer, (_history_method, 'builtins.getattr'), np.ndarray, np.dtype,
-    np._core.multiarray._reconstruct, np._core.multiarray.scalar,
-    *(type(np.dtype(name)) for name in ('float64', 'float32', 'int64'))
-]
 # Keys of `quant` that say, beside the bits, what a layer's codes and scales mean.
 _MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'matmul_granularity')
-# Buffers that the model computes by itself.
-DERIVED = re.compile(r'.*\.relative_position_index$')
 
 
-def read_checkpoint(path, allow_pickle=False):
+def read_checkpoint(path, trust=False, check=None):
     """Read a checkpoint without executing what it may carry.
 
     Args:
-        path (str): a file, an http(s) URL, 'pfcr_mm://NAME' for a file that ships with
-            this package, or 'timm://MODEL' for weights that timm downloads.
-        allow_pickle (bool): True runs arbitrary pickled code; only for own files.
+        path (str): a file of torch.save or a .safetensors, an http(s) URL, 'pfcr_mm://NAME'
+            for a file that ships with this package, or 'timm://MODEL' for weights that timm
+            downloads.
+        trust (bool): True runs arbitrary pickled code; only for own files.
+        check (callable | None): called with the checkpoint before its tensors are
+            allocated; they are on the 'meta' device then.
 
     Returns:
         dict: with a 'state_dict'.
@@ -60,26 +47,21 @@ def read_checkpoint(path, allow_pickle=False):
         return dict(meta={}, state_dict=timm_weights(str(path)[len(_TIMM_SCHEME):]))
     if str(path).startswith(_ASSET_SCHEME):
         path = str(ASSETS / str(path)[len(_ASSET_SCHEME):])
-    allow = nullcontext() if allow_pickle else torch.serialization.safe_globals(_HARMLESS)
-    try:
-        with allow:
-            if re.match(r'https?://', str(path)):
-                local = _download(path)
-            else:
-                local = os.path.expanduser(path)
-            if not os.path.isfile(local):
-                raise UsageError(f'checkpoint {path} is not there; give the path of a .pth file')
-            checkpoint = torch.load(local, map_location='cpu', weights_only=not allow_pickle)
-    except UsageError:
-        raise
-    except Exception as error:  # the unpickler raises all kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if 'Weights only load failed' in str(error) and 'GLOBAL' in str(error):
-            raise UsageError(
-                f'checkpoint {path} holds Python objects besides tensors; if you trust it, '
-                'add --allow-pickle (allow_pickle=True in the config)') from None
-        raise UsageError(f'checkpoint {path} cannot be read (damaged or cut off?): {reason}') \
-            from None
+    if re.match(r'https?://', str(path)):
+        local = _download(path)
+    else:
+        local = os.path.expanduser(path)
+    if not os.path.isfile(local):
+        raise UsageError(f'checkpoint {path} is not there; give the path of a .pth file')
+    if str(local).endswith('.safetensors'):
+        return read_safetensors(local, check)
+    if check is not None and not trust:
+        check(_normal(look(local, path), path))
+    return _normal(load_weights(local, path, trust), path)
+
+
+def _normal(checkpoint, path):
+    """A checkpoint as a dict with a 'state_dict' of tensors and a 'meta'."""
     if not isinstance(checkpoint, dict):
         raise UsageError(f'checkpoint {path} holds no state dict')
     if isinstance(checkpoint.get('model'), dict):  # training files of MAE, DeiT, Swin
@@ -88,12 +70,19 @@ def read_checkpoint(path, allow_pickle=False):
         if not checkpoint or not all(torch.is_tensor(v) for v in checkpoint.values()):
             raise UsageError(f'checkpoint {path} holds no state dict')
         checkpoint = dict(meta={}, state_dict=checkpoint)
+    for key, value in checkpoint['state_dict'].items():
+        if not isinstance(key, str) or not torch.is_tensor(value):
+            raise UsageError(f'checkpoint {path}: {key!r} of its state dict is no tensor')
+    if not isinstance(checkpoint.get('meta') or {}, dict):
+        checkpoint = dict(checkpoint, meta={})
     return checkpoint
 
 
 def manifest_of(checkpoint):
     """The manifest of a quantized checkpoint, or None for a float one."""
     manifest = (checkpoint.get('meta') or {}).get('pfcr_mm')
+    if manifest is not None and not isinstance(manifest, dict):
+        raise UsageError('the manifest of the checkpoint is damaged')
     if manifest is not None and manifest.get('format') != FORMAT:
         raise UsageError(
             f"checkpoint format {manifest.get('format')!r} is not {FORMAT!r}; "
@@ -108,6 +97,18 @@ def load_float(detector, checkpoint, path):
 
     Raises:
         UsageError: the file is quantized already, or of another architecture.
+    """
+    state = check_float(detector, checkpoint, path)
+    detector.wants_float = True
+    detector.load_state_dict(state, strict=False)
+    detector.wants_float = False
+
+
+def check_float(detector, checkpoint, path):
+    """The float weights of a checkpoint under the detector's names.
+
+    Raises:
+        UsageError: see `load_float`.
     """
     if manifest_of(checkpoint) is not None:
         raise UsageError(
@@ -138,9 +139,8 @@ def load_float(detector, checkpoint, path):
         else:
             what = f'has weights that the config does not make, such as {extra[0]!r}'
         raise UsageError(f'checkpoint {path} is for another architecture: it {what}')
-    detector.wants_float = True
-    detector.load_state_dict(state, strict=False)
-    detector.wants_float = False
+    check_float_values(own, state, path)
+    return state
 
 
 def load_quantized(detector, checkpoint, path):
@@ -149,20 +149,24 @@ def load_quantized(detector, checkpoint, path):
     Raises:
         UsageError: the file is float, or was quantized otherwise.
     """
-    manifest = manifest_of(checkpoint)
-    if manifest is None:
-        raise UsageError(
-            f'checkpoint {path} holds float weights; quantize it first with tools/quant.py')
-    check_manifest(detector, manifest, path)
-    state = checkpoint['state_dict']
-    missing = [k for k in detector.state_dict()
-               if k not in state and f'{k}_packed' not in state and not DERIVED.match(k)]
-    if missing:
-        raise UsageError(f'checkpoint {path} is damaged: it lacks {missing[0]!r}')
+    check_quantized(detector, checkpoint, path)
     try:
         load_state_dict(detector, checkpoint['state_dict'], strict=False, logger='silent')
     except UsageError as error:
         raise UsageError(f'checkpoint {path} is for another architecture: {error}') from None
+
+
+def check_quantized(detector, checkpoint, path):
+    """Raise UsageError where `load_quantized` would, tensors without memory included."""
+    manifest = manifest_of(checkpoint)
+    if manifest is None:
+        raise UsageError(
+            f'checkpoint {path} holds float weights; quantize it first with tools/quant.py')
+    try:
+        check_manifest(detector, manifest, path)
+        check_quantized_state(detector, manifest, checkpoint['state_dict'], path)
+    except (KeyError, TypeError, AttributeError) as error:  # not what build_manifest makes
+        raise UsageError(f'the manifest of checkpoint {path} is damaged: {error!r}') from None
 
 
 def check_manifest(detector, manifest, path='the checkpoint'):
@@ -188,7 +192,9 @@ def check_manifest(detector, manifest, path='the checkpoint'):
 
 
 def save_quantized(detector, path, meta):
-    """Write `path`: weights as packed integers, scales, float remainder, manifest.
+    """Write `path`, and the same as .safetensors beside it.
+
+    Weights as packed integers, scales, float remainder, manifest.
 
     All tensors of one type share one storage, so that the file is as small as its
     numbers. Written to a temporary file, synced, then renamed.
@@ -199,8 +205,16 @@ def save_quantized(detector, path, meta):
         meta (dict): plain data that goes in beside the manifest.
 
     Returns:
-        int: size in bytes.
+        int: size of `path` in bytes.
     """
+    state, meta = quantized_state(detector), dict(meta, pfcr_mm=build_manifest(detector))
+    size = save_atomically(dict(meta=meta, state_dict=share_storage(state)), path)
+    save_safetensors(state, meta, Path(path).with_suffix('.safetensors'))
+    return size
+
+
+def quantized_state(detector):
+    """The state dict of a hardened detector, weights as packed integers."""
     state = {k: v for k, v in detector.state_dict().items() if not DERIVED.match(k)}
     packed = {m: m.packed_weight() for m in detector.modules()
               if isinstance(m, QuantLayer) and m.hardened}
@@ -209,9 +223,7 @@ def save_quantized(detector, path, meta):
             state[f'{name}.weight_packed'] = packed[module]
             del state[f'{name}.weight']
     # zero points are integers from 0 to 255
-    state = {k: v.to(torch.uint8) if k.endswith('.zero_point') else v for k, v in state.items()}
-    meta = dict(meta, pfcr_mm=build_manifest(detector))
-    return save_atomically(dict(meta=meta, state_dict=share_storage(state)), path)
+    return {k: v.to(torch.uint8) if k.endswith('.zero_point') else v for k, v in state.items()}
 
 
 def save_atomically(content, path):

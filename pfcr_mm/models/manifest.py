@@ -4,6 +4,7 @@ from dataclasses import asdict
 from ..modules import quantizers_of
 
 FORMAT = 'pfcr_mm.quantized/1'
+UNREACHED = 'no calibration data reached it'
 
 
 def build_manifest(detector):
@@ -19,5 +20,5 @@ def build_manifest(detector):
     for name, quantizer in quantizers_of(detector):
         layer = by_name[name.rpartition('.')[0]]
         if not quantizer.calibrated:
-            layer['skipped_reason'] = 'no calibration data reached it'
+            layer['skipped_reason'] = UNREACHED
     return dict(format=FORMAT, quant=detector.quant_config.as_dict(), layers=layers)

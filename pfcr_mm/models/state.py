@@ -42,9 +42,11 @@ def load_model_state(model, state):
     own = dict(model.named_parameters())
     own.update(model.named_buffers())
     for name, value in state['tensors'].items():
+        if not torch.is_tensor(value):
+            raise UsageError(f'the state of {name!r} is no tensor')
         if name in own:
-            if own[name].shape != value.shape:
-                raise UsageError(f'the state of {name!r} has another shape than the model')
+            if (own[name].shape, own[name].dtype) != (value.shape, value.dtype):
+                raise UsageError(f'the state of {name!r} has another shape or type than the model')
             own[name].copy_(value)
         else:  # variables of a rounding, made when its first unit was opened
             parent, _, leaf = name.rpartition('.')

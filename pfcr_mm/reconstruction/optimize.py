@@ -50,12 +50,12 @@ class UnitConfig:
     def __post_init__(self):
         for name, least in (('iters', 1), ('batch_size', 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not _is_number(value) or not isinstance(value, int) or value < least:
                 raise UsageError(f'{name}={value!r} is not an integer of {least} or more')
         for name in ('weight_lr', 'adaround_lr', 'scale_lr', 'weight_scale_lr', 'bias_lr',
                      'norm_lr', 'clip_grad'):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value < 0:
+            if not _is_number(value) or value < 0:
                 raise UsageError(f'{name}={value!r} is not a number of 0 or more')
         for name in ('input_mix', 'keep_prob'):
             if not 0 < getattr(self, name) <= 1:
@@ -72,6 +72,11 @@ class UnitConfig:
                 raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
         lookup(RECONSTRUCTION_LOSSES, merged.get('loss', cls.loss), f'{key}.loss')
         return cls(**merged)
+
+
+def _is_number(value):
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value))
 
 
 @dataclass

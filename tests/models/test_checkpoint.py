@@ -315,7 +315,7 @@ def test_a_malicious_pickle_is_not_executed(tmp_path, form):
         read_checkpoint(tmp_path / 'evil.pth')
     assert not target.exists()
     if form == 'torch':  # the file does what it says once pickle is allowed
-        read_checkpoint(tmp_path / 'evil.pth', allow_pickle=True)
+        read_checkpoint(tmp_path / 'evil.pth', trust=True)
         assert target.exists()
 
 

@@ -160,7 +160,7 @@ def test_checkpoint_without_state_dict(refused, tiny_options, tmp_path):
 def test_checkpoint_with_code_is_not_run(refused, tiny_options, tmp_path):
     path, trace = tmp_path / 'evil.pth', tmp_path / 'trace'
     torch.save(dict(state_dict={}, meta=_Evil(str(trace))), path)
-    refused(quant_main, arguments(W4A4, path, tmp_path, tiny_options), path, '--allow-pickle')
+    refused(quant_main, arguments(W4A4, path, tmp_path, tiny_options), path, '--trust-checkpoint')
     assert not trace.exists()
 
 
