@@ -144,7 +144,14 @@ def _read_config(args):
         cfg.load_from = args.checkpoint
     if args.trust_checkpoint:
         cfg.trust_checkpoint = True
-    model_type = cfg.get('model', {}).get('type')
+    for key in ('model', 'model.quant', 'quantize_cfg', 'quantize_cfg.calibration',
+                'train_dataloader', 'train_dataloader.dataset', 'test_dataloader',
+                'test_dataloader.dataset'):
+        parent, _, child = key.rpartition('.')
+        value = (cfg.get(parent) or {} if parent else cfg).get(child)
+        if value is not None and not isinstance(value, dict):
+            raise UsageError(f'config {args.config}: {key} is {str(value)[:60]!r} and no dict')
+    model_type = (cfg.get('model') or {}).get('type')
     if str(model_type) != 'pfcr_mm.QuantDetector':
         raise UsageError(
             f"config {args.config}: model.type is {model_type!r}, not "
@@ -175,9 +182,10 @@ def _build_runner(cfg):
             f"runner_type={cfg.runner_type!r} cannot quantize; use 'pfcr_mm.QuantRunner'")
     try:
         return runner_type.from_cfg(cfg)
-    except (TypeError, AttributeError, ValueError, AssertionError, IndexError, ZeroDivisionError,
+    except (TypeError, AttributeError, ValueError, AssertionError, LookupError, ZeroDivisionError,
             NotImplementedError, RuntimeError) as error:
-        if isinstance(error, UsageError) or is_out_of_memory(error):
+        misspelt = isinstance(error, KeyError) and 'registry' in str(error)
+        if misspelt or isinstance(error, UsageError) or is_out_of_memory(error):
             raise
         lines = str(error).strip().splitlines() or ['no message']
         raise UsageError(
