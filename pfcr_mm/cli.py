@@ -114,6 +114,8 @@ def _parser(description, program):
     parser.add_argument('--work-dir', help='where to write (default: work_dirs/CONFIG)')
     parser.add_argument('--cfg-options', nargs='+', action=_Overrides, metavar='KEY=VALUE',
                         help='overrides of the config')
+    parser.add_argument('--method', metavar='FILE',
+                        help='keys to lay over the config, such as configs/_base_/methods/qdrop.py')
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='let checkpoints run pickled code; only for your own files')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
@@ -131,6 +133,7 @@ def _read_config(args):
         raise UsageError(
             f'config {args.config} cannot be read: {type(error).__name__}: {error}') from None
     try:
+        _lay_over(cfg, args.method)
         cfg.merge_from_dict(args.cfg_options or {})
     except (TypeError, KeyError, IndexError) as error:
         raise UsageError(f'--cfg-options does not fit the config: {error}') from None
@@ -164,6 +167,20 @@ def _read_config(args):
         raise UsageError('the config has no test_dataloader, which AP is measured on')
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     return cfg
+
+
+def _lay_over(cfg, path):
+    """Put the keys of a method's file over those of a config, in place."""
+    if path is None:
+        return
+    if not os.path.isfile(path):
+        raise UsageError(f'method {path} is not there; see configs/_base_/methods/')
+    try:
+        over = Config.fromfile(path).to_dict()
+    except Exception as error:  # it is Python: it raises what it likes
+        raise UsageError(
+            f'method {path} cannot be read: {type(error).__name__}: {error}') from None
+    cfg.merge_from_dict(over)
 
 
 def _make_work_dir(cfg):

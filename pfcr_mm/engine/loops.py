@@ -6,6 +6,7 @@ schedule -> heads -> harden -> evaluate -> save.
 import copy
 import io
 from contextlib import redirect_stdout
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -74,6 +75,8 @@ class PFCRLoop(Resumable, BaseLoop):
         cache_dtype (str | None): storage type of cached activations, such as 'float16'.
         evaluate (dict): whether to measure the `float` and the `calibrated` model.
         expected (dict | None): float metrics that the checkpoint is known for.
+        total_iters (int | None): iterations of all units together; those that the other keys
+            give are scaled to it, so that methods compare at equal cost.
         on_nonfinite (str): where a unit meets NaN or Inf, 'restore' undoes it and goes on,
             'stop' ends the run.
     """
@@ -82,7 +85,7 @@ class PFCRLoop(Resumable, BaseLoop):
                                                          'backbone'),
                  head_levels=('leaf', 'chain'), traversal='post_order', parts=('*', ), pos=None,
                  reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
-                 evaluate=None, expected=None, on_nonfinite='restore'):
+                 evaluate=None, expected=None, total_iters=None, on_nonfinite='restore'):
         self._runner = runner
         self.calibration = _known(_CALIBRATION, calibration, 'calibration')
         if self.calibration['method'] not in METHODS:
@@ -110,6 +113,9 @@ class PFCRLoop(Resumable, BaseLoop):
             for level in ['leaf', *base.get('per_level', {})]:
                 UnitConfig.build(base, level, 'quantize_cfg.reconstruction')
             check_levels(base.get('per_level', {}), 'quantize_cfg.reconstruction.per_level')
+        for i, step in enumerate(self.pos.steps):
+            UnitConfig.build(
+                step.get('reconstruction') or {}, 'leaf', f'quantize_cfg.pos.steps.{i}')
         self.rois = _known(dict(proposals=64, detections=16), rois, 'rois')
         for key, value in self.rois.items():
             if not _is_integer(value, 0):
@@ -122,6 +128,10 @@ class PFCRLoop(Resumable, BaseLoop):
                 "'bfloat16', 'float32' or None")
         self.evaluations = _known(dict(float=True, calibrated=True), evaluate, 'evaluate')
         self.expected = expected
+        if total_iters is not None and (not isinstance(total_iters, int) or total_iters < 1):
+            raise UsageError(
+                f'quantize_cfg.total_iters={total_iters!r} is not an integer of 1 or more')
+        self.total_iters = total_iters
         if on_nonfinite not in ON_NONFINITE:
             raise UsageError(f'quantize_cfg.on_nonfinite={on_nonfinite!r} is not known; choose '
                              f'one of {ON_NONFINITE}')
@@ -176,7 +186,7 @@ class PFCRLoop(Resumable, BaseLoop):
             self.runner.call_hook('after_calibrate')
             self._end_phase('calibrated')
 
-        for stage in self.pos.stages(self.levels or self.head_levels):
+        for stage in self.stages.values():
             if self.position is None or stage.number >= self.position[0]:
                 with self._phase(f'stage {stage.number}'):
                     self.run_stage(stage)
@@ -220,14 +230,16 @@ class PFCRLoop(Resumable, BaseLoop):
                 if not any(fnmatchcase(part, pattern) for part in known):
                     raise UsageError(
                         f'quantize_cfg.{key}: {pattern!r} matches no part; choose of {known}')
-        self.schedules = {}
+        self.schedules, self.stages = {}, {}
         for stage in self.pos.stages(self.levels or self.head_levels):
+            self.stages[stage.number] = stage
             self.schedules[stage.number] = self._schedules(stage)
             if self.levels and not any(self.schedules[stage.number].values()):
                 chained = any(fnmatchcase(part, p) for part in self.chains for p in stage.parts)
                 why = (f'its levels {stage.levels} are not in quantize_cfg.levels {self.levels}'
                        if chained else f'its parts {stage.parts} have no chain')
                 self.note(f'POS stage {stage.number} has no units: {why}')
+        self._share_iterations()
 
     def _count(self, sizes):
         """Take note of the calibration images' sizes (H, W)."""
@@ -239,6 +251,32 @@ class PFCRLoop(Resumable, BaseLoop):
         return {(number, part): units
                 for number, schedules in self.schedules.items()
                 for part, units in schedules.items()}
+
+    def unit_config(self, number, unit):
+        """`UnitConfig` of a unit in the stage `number` of POS, its iterations final."""
+        stage = self.stages[number]
+        base = self.reconstruction if unit.chain == 'backbone' else self.head_reconstruction
+        config = UnitConfig.build(base, unit.level, more=stage.reconstruction)
+        iters = self._iterations.get((number, unit))
+        return replace(config, iters=iters or max(1, round(config.iters * stage.shrink)))
+
+    def _share_iterations(self):
+        """Scale the iterations of all units to `total_iters`."""
+        self._iterations = {}
+        if self.total_iters is None:
+            return
+        units = [(number, unit) for (number, _), found in self.plan().items() for unit in found]
+        iters = [self.unit_config(*unit).iters for unit in units]
+        if self.total_iters < len(units):
+            raise UsageError(f'quantize_cfg.total_iters={self.total_iters} is less than one '
+                             f'iteration for each of the {len(units)} units')
+        done = spent = 0
+        for unit, count in zip(units, iters):  # rounding is made up for at once
+            done += count
+            left = self.total_iters - spent - (len(units) - len(self._iterations) - 1)
+            share = round(self.total_iters * done / sum(iters)) - spent
+            self._iterations[unit] = min(left, max(1, share))
+            spent += self._iterations[unit]
 
     # --- phases --------------------------------------------------------------
 
@@ -266,7 +304,7 @@ class PFCRLoop(Resumable, BaseLoop):
             folds = self.enter_final_stage(self.model)
             fold_alike(self.teacher, folds)  # targets then mean what the model's maps mean
             self.folds.update(folds)
-        set_quantization(self.model, stage.quantize_weights, True)
+        set_quantization(self.model, stage.quantize_weights, stage.quantize_activations)
         for part, schedule in self.schedules[stage.number].items():
             done = self.units_done(stage, part)
             if len(schedule) > done:
@@ -286,7 +324,6 @@ class PFCRLoop(Resumable, BaseLoop):
         if len(quantized) == 0:
             self.note(f'{part}: no calibration image has a box for it; left as calibrated')
             return
-        base = self.reconstruction if part == 'backbone' else self.head_reconstruction
         self._reconstructor = reconstructor = ChainReconstructor(
             self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
             self.held_out, self.seed, self.cache_dtype, self._faults())
@@ -304,7 +341,8 @@ class PFCRLoop(Resumable, BaseLoop):
 
         with self.stop.deferred():
             reconstructor.run(
-                schedule, lambda level: UnitConfig.build(base, level), stage,
+                schedule, lambda unit: self.unit_config(stage.number, unit),
+                replace(stage, shrink=1.0),  # its iterations are shrunk already
                 on_unit_start=lambda unit: self.runner.call_hook('before_unit', unit=unit),
                 on_unit_end=end_unit, on_step=end_step, first=done)
         self._reconstructor = None

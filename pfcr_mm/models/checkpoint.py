@@ -222,8 +222,9 @@ def quantized_state(detector):
         if module in packed:
             state[f'{name}.weight_packed'] = packed[module]
             del state[f'{name}.weight']
-    # zero points are integers from 0 to 255
-    return {k: v.to(torch.uint8) if k.endswith('.zero_point') else v for k, v in state.items()}
+    # zero points are integers from 0 to 255, unless `quant.integer_zero_point` is off
+    return {k: v.to(torch.uint8) if k.endswith('.zero_point') and torch.equal(v, v.round()) else v
+            for k, v in state.items()}
 
 
 def save_atomically(content, path):

@@ -1,5 +1,5 @@
 """Swap the layers of a model for quantized ones, in place, and take the census."""
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 
 from mmcv.cnn.bricks import wrappers
@@ -39,6 +39,10 @@ class QuantConfig:
         overrides (list[dict]): dict(pattern, weight_bits, activation_bits); the last
             match wins, also over `first_last_bits`.
         reparam (bool): fold channel-wise post-LayerNorm scales into the weights.
+        integer_zero_point (bool): False leaves zero points unrounded after the fold, as
+            published code does; for comparison only.
+        move_padding (bool): False leaves the padding of windows at zero after the fold, as
+            published code does; for comparison only.
     """
 
     weight_bits: int = 8
@@ -53,6 +57,8 @@ class QuantConfig:
     exclude: list = field(default_factory=list)
     overrides: list = field(default_factory=list)
     reparam: bool = True
+    integer_zero_point: bool = True
+    move_padding: bool = True
 
     def __post_init__(self):
         for key in ('include', 'exclude'):
@@ -225,6 +231,8 @@ def _convert_layer(model, name, aliases, module, quant, is_end):
         layer = quant_type.from_float(
             module, weight_bits, activation_bits, quant.rounding, quant.weight_symmetric,
             quant.activation_symmetric)
+        inputs = layer.input_quantizer
+        inputs.spec = replace(inputs.spec, integer_zero_point=quant.integer_zero_point)
         for path in (name, *aliases):
             parent, _, child = path.rpartition('.')
             setattr(model.get_submodule(parent), child, layer)

@@ -68,17 +68,20 @@ def reparameterise(model):
         dict[str, tuple[Tensor, Tensor]]: (r, b) by the name of the layer folded into.
     """
     names = {id(module): name for name, module in model.named_modules()}
+    moves_padding = getattr(getattr(model, 'quant_config', None), 'move_padding', True)
     folds = {}
     for norm, layer, attention in post_norm_pairs(model):
         quantizer = layer.input_quantizer
         if quantizer.spec.granularity != 'channel' or not quantizer.calibrated:
             continue
         scale, zero_point = quantizer.scale, quantizer.zero_point
-        mean_scale, mean_zero = scale.mean(), zero_point.mean().round()
+        mean_scale, mean_zero = scale.mean(), zero_point.mean()
+        if quantizer.spec.integer_zero_point:
+            mean_zero = mean_zero.round()
         ratio = scale / mean_scale
         shift = mean_scale * (mean_zero - zero_point)
 
-        _fold(norm, layer, attention, ratio, shift)
+        _fold(norm, layer, attention if moves_padding else None, ratio, shift)
         folds[names[id(layer)]] = (ratio, shift)
         spec = replace(quantizer.spec, granularity='tensor')
         layer.input_quantizer = build_quantizer(spec).to(layer.weight)

@@ -63,6 +63,14 @@ class UniformFakeQuantize(torch.autograd.Function):
         return grad_x, grad_scale, None, None, None
 
 
+def fractional_fake_quantize(x, scale, zero_point, low, high):
+    """`UniformFakeQuantize` for zero points that are no integers; the same gradients."""
+    ratio = x / scale
+    rounded = ratio.detach().round()
+    steps = rounded.clamp(low - zero_point, high - zero_point)
+    return torch.where(steps == rounded, ratio + (steps - ratio).detach(), steps) * scale
+
+
 def log_encode(x, scale, bits, steps_per_octave, zero_below):
     """Codes of non-negative `x` on the grid scale * 2**(-code / steps_per_octave).
 

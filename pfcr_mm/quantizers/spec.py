@@ -24,6 +24,8 @@ class QuantizerSpec:
         symmetric (bool): uniform only; codes are signed and the zero point is 0.
         granularity (str): 'tensor', 'channel' (one scale a channel) or 'head'
             (one scale an attention head).
+        integer_zero_point (bool): False takes a zero point between two integers, as published
+            code has after reparameterisation; the quantizer then has 2**bits + 1 levels.
         zero_below (bool): log quantizers only. True spends the last code on
             exact zero; False saturates at the smallest power.
     """
@@ -33,6 +35,7 @@ class QuantizerSpec:
     symmetric: bool = False
     granularity: str = 'tensor'
     zero_below: bool = True
+    integer_zero_point: bool = True
 
     def __post_init__(self):
         check_bits(self.bits)

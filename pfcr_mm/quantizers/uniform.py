@@ -16,6 +16,9 @@ class UniformQuantizer(Quantizer):
         return F.uniform_code_range(self.spec.bits, self.spec.symmetric)
 
     def fake_quantize(self, x):
+        if not self.spec.integer_zero_point:
+            return F.fractional_fake_quantize(
+                x, self.spread(self.scale, x), self.spread(self.zero_point, x), *self.code_range)
         return F.UniformFakeQuantize.apply(
             x, self.spread(self.scale, x), self.spread(self.zero_point, x), *self.code_range)
 

@@ -1,5 +1,5 @@
 """The method: units, schedule, calibration, optimisation, POS."""
-from . import losses  # noqa: F401  fill the table
+from . import guided_losses, losses  # noqa: F401  fill the table
 from .calibrate import calibrate, observe
 from .faults import Faults
 from .optimize import UnitConfig, UnitRecord

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import UsageError
 from ..modules import QuantLayer, quantizers_of
-from ..registry import RECONSTRUCTION_LOSSES, lookup
+from .build_loss import build_loss, check_loss
 from .capture import split
 from .faults import BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
 
@@ -28,9 +28,9 @@ class UnitConfig:
         bias_lr (float): rate of biases.
         norm_lr (float): rate of LayerNorm weights and biases; 0 keeps them.
         input_mix (float): share of input elements from the quantized prefix; the
-            rest is float (QDrop). 1 is the pure quantized prefix.
+            rest is float (QDrop). 1 is the pure quantized prefix, 0 the float one.
         keep_prob (float): share of activations quantized inside the unit (QDrop).
-        loss (str): a name of the RECONSTRUCTION_LOSSES table.
+        loss (str | dict): a name of the RECONSTRUCTION_LOSSES table, or dict(type=name, ...).
         clip_grad (float): bound on the gradient norm of the weights; 0 is none.
     """
 
@@ -44,7 +44,7 @@ class UnitConfig:
     norm_lr: float = 0.0
     input_mix: float = 1.0
     keep_prob: float = 1.0
-    loss: str = 'channel_mse'
+    loss: object = 'channel_mse'
     clip_grad: float = 0.0
 
     def __post_init__(self):
@@ -57,20 +57,26 @@ class UnitConfig:
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 raise UsageError(f'{name}={value!r} is not a number of 0 or more')
-        for name in ('input_mix', 'keep_prob'):
-            if not 0 < getattr(self, name) <= 1:
-                raise UsageError(f'{name}={getattr(self, name)!r} is not above 0 and at most 1')
+        if not 0 <= self.input_mix <= 1:
+            raise UsageError(f'input_mix={self.input_mix!r} is not from 0 to 1')
+        if not 0 < self.keep_prob <= 1:
+            raise UsageError(f'keep_prob={self.keep_prob!r} is not above 0 and at most 1')
 
     @classmethod
-    def build(cls, base, level, key='reconstruction'):
-        """From a base dict and the per-level overrides in base['per_level']."""
+    def build(cls, base, level, key='reconstruction', more=None):
+        """From a base dict and the per-level overrides in base['per_level'].
+
+        `more` is another such dict, laid over it.
+        """
         known = [f.name for f in fields(cls)]
-        merged = {k: v for k, v in base.items() if k != 'per_level'}
-        merged.update(base.get('per_level', {}).get(level, {}))
+        merged = {}
+        for layer in (base, more or {}):
+            merged.update({k: v for k, v in layer.items() if k != 'per_level'})
+            merged.update(layer.get('per_level', {}).get(level, {}))
         for name in merged:
             if name not in known:
                 raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
-        lookup(RECONSTRUCTION_LOSSES, merged.get('loss', cls.loss), f'{key}.loss')
+        check_loss(merged.get('loss', cls.loss), f'{key}.loss')
         return cls(**merged)
 
 
@@ -96,7 +102,7 @@ class UnitRecord:
 
 
 def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, learn_weights,
-                held_out, generator, device, on_step=None, faults=None):
+                held_out, generator, device, on_step=None, faults=None, loss_of=None):
     """Learn rounding, scales and biases of a unit; undo it where the held-out loss rose.
 
     Args:
@@ -107,12 +113,13 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         targets (list[tuple[Tensor]]): the float model's outputs, one entry an image.
         config (UnitConfig): rates and iterations.
         learn_weights (str): 'rounding' as the layers' rounding says, or 'float' for
-            plain float weights (first stage of POS).
+            plain float weights (first stage of POS), or 'fixed' for activation scales alone.
         held_out (int): images kept for accepting.
         generator (torch.Generator): draws batches.
         device (torch.device): where to compute.
         on_step (callable | None): called with (step, loss).
         faults (Faults | None): what to do where memory runs out or a loss is no number.
+        loss_of (callable | None): the loss where it is built already, else config.loss.
 
     Returns:
         dict: loss_before, loss_after (what learning reached, also where it was undone),
@@ -125,7 +132,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     faults = faults or Faults()
     limit = BatchLimit(config.batch_size, unit.name, faults.tell)
     learn_on, accept_on = split(quantized_inputs, held_out)
-    loss_of = lookup(RECONSTRUCTION_LOSSES, config.loss, 'loss')(targets, chain.channel_axis)
+    loss_of = loss_of or build_loss(config.loss, targets, chain.channel_axis)
     modules = unit_modules(chain, unit)
 
     def evaluate():
@@ -209,7 +216,8 @@ class LearnedParameters:
                 groups.setdefault(lr, []).append(parameter)
 
         self.clipped = []
-        for layer in (m for root in self.modules for m in root.modules()):
+        roots = () if self.learn_weights == 'fixed' else self.modules
+        for layer in (m for root in roots for m in root.modules()):
             if isinstance(layer, QuantLayer):
                 if self.learn_weights == 'float' or layer.rounding.learns_weight:
                     add(layer.weight, config.weight_lr)

@@ -9,8 +9,11 @@ import torch
 
 from ..modules import QuantLayer
 from .boundaries import Boundaries
+from .build_loss import build_loss, loss_wants
 from .capture import advance
+from .guided_losses import LossContext
 from .optimize import UnitRecord, reconstruct
+from .views import UNIT, UnitView, view_of
 
 
 class ChainReconstructor:
@@ -52,7 +55,7 @@ class ChainReconstructor:
 
         Args:
             schedule (list[Unit]): see `build_schedule`.
-            config_of (callable): level -> UnitConfig.
+            config_of (callable): unit -> UnitConfig.
             stage (Stage): the stage of POS.
             on_unit_start, on_unit_end, on_step (callable | None): called with the
                 unit, with its UnitRecord, and with (step, loss).
@@ -65,7 +68,7 @@ class ChainReconstructor:
         for number, unit in enumerate(schedule[first:], first):
             if on_unit_start is not None:
                 on_unit_start(unit)
-            config = config_of(unit.level)
+            config = config_of(unit)
             config = replace(
                 config, iters=max(1, round(config.iters * stage.shrink)))
             record = self.reconstruct_unit(unit, config, stage, number, on_step)
@@ -79,29 +82,41 @@ class ChainReconstructor:
         """Reconstruct one unit and move the quantized stream past it."""
         inputs = self.quantized.at(unit.start)
         float_inputs = self.floating.at(unit.start)
+        wants = loss_wants(config.loss)
+        chain, float_chain = (view_of(c, unit, wants, self.teacher_chain)
+                              for c in (self.chain, self.teacher_chain))
         float_outputs, float_side = advance(
-            self.teacher_chain, float_inputs, unit.start, unit.stop, self.device,
+            float_chain, float_inputs, unit.start, unit.stop, self.device,
             dtype=self.cache_dtype)
         targets = [
             s.tensors + side.tensors
             for s, side in zip(float_outputs.states, float_side.states)
         ]
         seed = self.seed * 100003 + number
+        loss_of = build_loss(config.loss, targets, self.chain.channel_axis, self._context(
+            float_chain, unit, len(targets[0]), float_outputs, config.batch_size))
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
             torch.manual_seed(seed)  # QDrop's masks; batches come from the generator
             result = reconstruct(
-                self.chain, unit, inputs, float_inputs, targets, config,
-                'rounding' if stage.quantize_weights else 'float', self.held_out,
-                torch.Generator().manual_seed(seed), self.device, on_step, self.faults)
+                chain, unit, inputs, float_inputs, targets, config, stage.learns, self.held_out,
+                torch.Generator().manual_seed(seed), self.device, on_step, self.faults, loss_of)
 
         self.quantized.drop_after(unit.start)  # computed before this unit changed
-        if unit.stop < len(self.chain.leaves):
+        # what follows a single layer is not known until its leaf is run
+        if unit.stop < len(self.chain.leaves) and not unit.layer:
             self.floating.put(unit.stop, unit.start, float_outputs)
             outputs, _ = advance(
                 self.chain, inputs, unit.start, unit.stop, self.device, dtype=self.cache_dtype)
             self.quantized.put(unit.stop, unit.start, outputs)
         return UnitRecord(
             unit.name, unit.chain, unit.level, stage.number, iters=config.iters, **result)
+
+    def _context(self, float_chain, unit, outputs, states, batch_size):
+        view = float_chain
+        if view is self.teacher_chain:
+            view = UnitView(float_chain, unit, (), float_chain)
+            view.sizes = {UNIT: outputs}
+        return LossContext(view, states, self.device, batch_size)
 
     def _forget(self, upcoming):
         """Drop boundaries where no later unit starts (0 stays: all can be run from it)."""

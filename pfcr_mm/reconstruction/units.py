@@ -4,12 +4,15 @@ from itertools import groupby
 
 from ..errors import UsageError
 from ..modules import quantizers_of
+from .views import layers_of
 
-# Fine to coarse. 'backbone' is the whole chain, also under its plain name 'chain'.
+# Fine to coarse. 'layer' is finer than what PFCR starts from; 'backbone' is the whole chain,
+# also under its plain name 'chain'.
 # Where a chain has groups of blocks, they take the place of quads, and 'double' is two of them.
-LEVELS = ('leaf', 'block', 'pair', 'quad', 'group', 'double', 'stage', 'backbone', 'chain')
-_LETTERS = dict(block='B', pair='P', quad='Q', group='G', double='GG', stage='S', backbone='ALL',
-                chain='ALL')
+LEVELS = ('layer', 'leaf', 'block', 'pair', 'quad', 'group', 'double', 'stage', 'backbone',
+          'chain')
+_LETTERS = dict(layer='l', block='B', pair='P', quad='Q', group='G', double='GG', stage='S',
+                backbone='ALL', chain='ALL')
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Unit:
         chain (str): name of the chain.
         level (str): one of LEVELS.
         label (str): short name in traversal strings, such as 'B3'.
+        layer (str): of the level 'layer', which of the leaf's layers it is (see
+            `layers_of`); a unit otherwise has all of them.
     """
 
     name: str
@@ -29,6 +34,7 @@ class Unit:
     label: str
     start: int
     stop: int
+    layer: str = ''
 
 
 def check_levels(levels, key):
@@ -52,6 +58,8 @@ def units_of(chain, level):
     Returns:
         list[Unit]: in order; empty where the chain has no such level.
     """
+    if level == 'layer':
+        return _layers(chain)
     slices = _slices(chain.leaves, level)
     units, counts = [], {}
     for start, stop in slices:
@@ -64,6 +72,20 @@ def units_of(chain, level):
             continue
         label = letter if letter == 'ALL' else f'{letter}{counts[letter]}'
         units.append(Unit(_name(chain, level, start, stop), chain.name, level, label, start, stop))
+    return units
+
+
+def _layers(chain):
+    """A unit for every quantized layer and matmul, in order of leaves."""
+    units = []
+    for i, leaf in enumerate(chain.leaves):
+        layers = layers_of(leaf)
+        several = len({key.partition('.')[0] for key in layers}) > 1
+        for key in layers:
+            name = key if several else key.partition('.')[2]
+            units.append(Unit(
+                f'{chain.name}.{leaf.name}.{name}'.rstrip('.'), chain.name, 'layer',
+                f"{_LETTERS['layer']}{len(units) + 1}", i, i + 1, key))
     return units
 
 

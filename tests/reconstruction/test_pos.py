@@ -59,3 +59,32 @@ def test_default_is_the_quantizer_reading():
 def test_mistakes_name_the_key(pos, message):
     with pytest.raises(UsageError, match=message):
         POSConfig(**pos)
+
+
+def test_steps_say_what_other_methods_do():
+    """BRECQ, then I&S-ViT."""
+    first, second = stages(mode='steps', steps=[
+        dict(activations='float'), dict(learn='scales', shrink=0.25, levels=['block'])])
+    assert (first.quantize_weights, first.quantize_activations, first.final) == (True, False, True)
+    assert (first.learns, list(first.levels)) == ('rounding', LEVELS)
+    assert (second.number, second.learns, second.shrink) == (2, 'fixed', 0.25)
+    assert list(second.levels) == ['block'] and second.reconstruction == {}
+    first, second = stages(mode='steps', steps=[
+        dict(weights='float', norms='channel', parts='backbone',
+             reconstruction=dict(input_mix=0.0)), {}])
+    assert (first.learns, first.final, first.parts) == ('float', False, ('backbone', ))
+    assert first.reconstruction == dict(input_mix=0.0)
+    assert (second.learns, second.final) == ('rounding', True)
+
+
+@pytest.mark.parametrize('pos, words', [
+    (dict(mode='steps'), "belongs to pos.mode='steps'"),
+    (dict(mode='off', steps=[{}]), "belongs to pos.mode='steps'"),
+    (dict(mode='steps', steps=[dict(weight='float')]), 'pos.steps.0.weight is not a known key'),
+    (dict(mode='steps', steps=[{}, dict(learn='none')]), r"pos.steps.1.learn='none'"),
+    (dict(mode='steps', steps=[dict(norms='channel')]), "norms='tensor'"),
+    (dict(mode='steps', steps=[dict(levels=['window'])]), "pos.steps.0.levels has 'window'"),
+], ids=str)
+def test_bad_steps(pos, words):
+    with pytest.raises(UsageError, match=words):
+        POSConfig(**pos)

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from mmengine.hooks import Hook
 
-from ...reconstruction import UnitConfig, traversal_string
+from ...reconstruction import traversal_string
 from ...reconstruction.memory import stream_elements
 from ...registry import HOOKS
 
@@ -21,7 +21,8 @@ class ProgressHook(Hook):
         loop = runner.quantize_loop
         for line in plan_lines(loop):
             runner.logger.info(line)
-        self.work = [self._cost(loop, unit) for units in loop.plan().values() for unit in units]
+        self.work = [self._cost(loop, number, unit)
+                     for (number, _), units in loop.plan().items() for unit in units]
         self.done = len(loop.records)  # of a run that goes on
         self.spent = sum(record.seconds for record in loop.records)
 
@@ -42,10 +43,9 @@ class ProgressHook(Hook):
             f'{verdict}, {record.seconds:.1f} s, {_clock(left)} left')
 
     @staticmethod
-    def _cost(loop, unit):
+    def _cost(loop, number, unit):
         """Rough work of a unit: iterations times leaves, plus moving the streams on."""
-        base = loop.reconstruction if unit.chain == 'backbone' else loop.head_reconstruction
-        config = UnitConfig.build(base, unit.level)
+        config = loop.unit_config(number, unit)
         return (config.iters + 20) * (unit.stop - unit.start)
 
 

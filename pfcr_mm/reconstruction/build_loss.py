@@ -1,0 +1,44 @@
+"""A loss from what a config says: a name, or a dict with options or terms."""
+from ..errors import UsageError
+from ..registry import RECONSTRUCTION_LOSSES, lookup
+from .views import UNIT
+
+
+def parse_loss(cfg, key='loss'):
+    """(class, options) of a loss config; UsageError for an unknown name."""
+    options = dict(cfg) if isinstance(cfg, dict) else dict(type=cfg)
+    cls = lookup(RECONSTRUCTION_LOSSES, options.pop('type', None), key)
+    return cls, options
+
+
+def check_loss(cfg, key='loss'):
+    """Raise UsageError unless a loss can be built from `cfg`."""
+    cls, options = parse_loss(cfg, key)
+    check = getattr(cls, 'check', None)
+    if check is not None:
+        check(options, key)
+    elif options:
+        raise UsageError(f'{key}: {sorted(options)[0]!r} is not a known key; '
+                         f"{cfg['type']!r} takes none")
+
+
+def loss_wants(cfg):
+    """What a loss looks at, of UNIT, LAYERS and FINAL."""
+    cls, options = parse_loss(cfg)
+    wants = getattr(cls, 'wants', (UNIT, ))
+    return set(wants(options) if callable(wants) else wants)
+
+
+def build_loss(cfg, targets, channel_axis, context=None):
+    """Build the loss of one unit.
+
+    Args:
+        cfg (str | dict): of the config.
+        targets (list[tuple[Tensor]]): the unit's targets, one tuple an entry.
+        channel_axis (int): axis of the channels.
+        context (LossContext | None): the unit, for losses that ask for it.
+    """
+    cls, options = parse_loss(cfg)
+    if hasattr(cls, 'from_context'):
+        return cls.from_context(targets, channel_axis, context, options)
+    return cls(targets, channel_axis, **options)

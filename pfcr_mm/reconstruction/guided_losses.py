@@ -1,0 +1,302 @@
+"""Losses that look further than a unit's output: its layers, the final output, curvature."""
+import inspect
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..errors import UsageError
+from ..models.chain import State
+from ..registry import RECONSTRUCTION_LOSSES
+from .build_loss import build_loss, check_loss, loss_wants
+from .losses import ChannelMSELoss
+from .views import FINAL, LAYERS, UNIT
+
+_TEMPERATURE = 20.0  # of the logits where curvature is looked at (APHQ-ViT)
+
+
+@dataclass
+class LossContext:
+    """The unit that a loss is built for.
+
+    Args:
+        view (UnitView): of the float chain.
+        outputs (Stream): the float states after the unit.
+        device (torch.device): where to compute.
+        batch_size (int): images at a time.
+    """
+
+    view: object
+    outputs: object
+    device: torch.device
+    batch_size: int = 8
+
+
+def head_kl(logits, target, temperature=1.0):
+    """Divergence of softmax(logits) from softmax(target), mean over rows."""
+    own, wanted = (F.log_softmax(x / temperature, -1) for x in (logits, target))
+    return F.kl_div(own, wanted, reduction='batchmean', log_target=True)
+
+
+class _Guided:
+    """What the losses here share: options are checked by their names in `__init__`."""
+
+    wants = (UNIT, )
+
+    @classmethod
+    def check(cls, options, key):
+        """Raise UsageError for an unknown option."""
+        known = list(inspect.signature(cls.__init__).parameters)[4:]
+        for name in options:
+            if name not in known:
+                raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
+
+    @classmethod
+    def from_context(cls, targets, channel_axis, context, options):
+        """Build for one unit."""
+        return cls(targets, channel_axis, context, **options)
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='head_kl')
+class HeadKL(_Guided):
+    """KL divergence where the unit ends in a classifier's logits, another loss elsewhere.
+
+    Args:
+        temperature (float): of both softmaxes.
+        other (str | dict): loss of all other units.
+    """
+
+    def __init__(self, targets, channel_axis, context, temperature=1.0, other='channel_mse'):
+        self.temperature = temperature
+        self.other = None
+        if not context.view.ends_in_logits:
+            self.other = build_loss(other, targets, channel_axis, context)
+
+    def __call__(self, outputs, targets):
+        if self.other is not None:
+            return self.other(outputs, targets)
+        return head_kl(outputs[0], targets[0], self.temperature)
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='final')
+class FinalLoss(_Guided):
+    """Global supervision: the unit's output, taken through the float rest of the chain.
+
+    The distance of the chain's final outputs from the float ones: KL divergence of a
+    classifier's logits, else mean squared error by channel (GLF-Q; EBGS of MGRQ).
+
+    Args:
+        temperature (float): of the softmaxes.
+    """
+
+    wants = (FINAL, )
+
+    def __init__(self, targets, channel_axis, context, temperature=1.0):
+        if context.view.unit.layer:
+            raise UsageError("the loss 'final' is for leaves and coarser units, not for 'layer'")
+        self.part = context.view.parts([FINAL])[FINAL]
+        self.temperature = temperature
+        self.other = None
+        if context.view.gives != 'logits':
+            self.other = ChannelMSELoss([t[self.part] for t in targets], channel_axis)
+
+    def __call__(self, outputs, targets):
+        outputs, targets = outputs[self.part], targets[self.part]
+        if self.other is not None:
+            return self.other(outputs, targets)
+        return head_kl(outputs[0], targets[0], self.temperature)
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='layers')
+class LayersLoss(_Guided):
+    """Local supervision: every weight layer inside the unit (IBLS of MGRQ).
+
+    The distribution over channels that each layer's output makes: KL of softmaxes, mean
+    over positions and layers. Outputs are divided by their spread first, so that
+    one temperature serves all.
+
+    Args:
+        temperature (float): of both softmaxes.
+    """
+
+    wants = (LAYERS, )
+
+    def __init__(self, targets, channel_axis, context, temperature=1.0):
+        parts = context.view.parts([UNIT, LAYERS])
+        self.part = parts[UNIT if context.view.unit.layer else LAYERS]
+        self.axis, self.temperature = channel_axis, temperature
+        layers = zip(*(t[self.part] for t in targets))
+        self.spread = [torch.stack([x.float().std() for x in layer]).mean().clamp(min=1e-6)
+                       for layer in layers]
+
+    def __call__(self, outputs, targets):
+        losses = []
+        for output, target, spread in zip(outputs[self.part], targets[self.part], self.spread):
+            scale = self.temperature * spread.to(output)
+            rows, wanted = (x.movedim(self.axis, -1).flatten(0, -2) / scale
+                            for x in (output, target))
+            losses.append(head_kl(rows, wanted))
+        return torch.stack(losses).mean()
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='aph')
+class APHLoss(_Guided):
+    """Squared error weighted by the average perturbed Hessian (APHQ-ViT, arXiv 2504.02508).
+
+    The weight of an output element is how much the gradient of the final distance changes
+    when all elements are moved by a little, mean over images; images of several sizes
+    share one weight a channel. The distance is the KL divergence of a classifier's logits,
+    else the squared error of the final outputs. A unit that ends the chain has nothing
+    behind it and takes `other`.
+
+    Args:
+        step (float): the move, relative to the output's root mean square.
+        other (str): loss of units at the end, and of side outputs.
+    """
+
+    def __init__(self, targets, channel_axis, context, step=1e-3, other='head_kl'):
+        view = context.view
+        self.other = self.weights = None
+        count = len(context.outputs.states[0].tensors)
+        if view.unit.layer or view.unit.stop == len(view.leaves) or count == 0:
+            self.other = build_loss(other, targets, channel_axis, context)
+            return
+        self.count, self.axis = count, channel_axis
+        self.weights = self._curvature(context, step)
+        self.sides = None
+        if len(targets[0]) > count:
+            self.sides = ChannelMSELoss([t[count:] for t in targets], channel_axis)
+
+    def __call__(self, outputs, targets):
+        if self.other is not None:
+            return self.other(outputs, targets)
+        losses = [
+            ((output - target).square() * weight.to(output)).mean()
+            for output, target, weight in zip(outputs, targets, self.weights)
+        ]
+        loss = torch.stack(losses).mean()
+        if self.sides is not None:
+            loss = loss + self.sides(outputs[self.count:], targets[self.count:])
+        return loss
+
+    def _curvature(self, context, step):
+        totals, energy = [0.0] * self.count, [0.0] * self.count
+        images = 0
+        fixed = len(context.outputs.buckets()) == 1
+        for bucket in context.outputs.buckets():
+            for k in range(0, len(bucket), context.batch_size):
+                state = context.outputs.batch(bucket[k:k + context.batch_size], context.device)
+                images += state.tensors[0].shape[0]
+                found = [abs(up - down) for up, down in zip(
+                    *(self._gradient(context.view, state, sign * step) for sign in (1, -1)))]
+                for i, (change, x) in enumerate(zip(found, state.tensors)):
+                    if not fixed:  # all positions alike
+                        axes = [a for a in range(1, x.dim()) if a != self.axis % x.dim()]
+                        change, x = (v.mean(axes, keepdim=True) for v in (change, x.square()))
+                    else:
+                        x = x.square()
+                    totals[i] = totals[i] + change.sum(0, keepdim=True)
+                    energy[i] = energy[i] + (x * change).mean((*range(1, x.dim()), )).sum()
+        # of a target that is all missed the loss is one
+        return [total / (power / images).clamp(min=1e-20) / images
+                for total, power in zip(totals, energy)]
+
+    @staticmethod
+    @torch.enable_grad()
+    def _gradient(view, state, step):
+        """Gradient of the final distance where the unit's output is moved."""
+        with torch.no_grad():
+            wanted = view.finish(state)
+        moved = tuple((t + step * t.square().mean().sqrt()).requires_grad_() for t in state.tensors)
+        found = view.finish(State(moved, state.meta))
+        if view.gives == 'logits':
+            distance = head_kl(found[0], wanted[0], _TEMPERATURE) * len(found[0])
+        else:
+            distance = sum((a - b).square().mean() / b.square().mean().clamp(min=1e-12)
+                           for a, b in zip(found, wanted)) * len(moved[0])
+        return torch.autograd.grad(distance, moved)
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='mixed')
+class MixedLoss:
+    """A weighted sum of losses, each divided by its first value.
+
+    Args:
+        terms (list[dict]): losses, with a `weight` each (1 where left out).
+
+    Example:
+        >>> dict(type='mixed', terms=[dict(type='channel_mse', weight=2), dict(type='final')])
+    """
+
+    def __init__(self, terms):
+        self.terms = terms  # (loss, weight, slice of the outputs)
+        self.first = [None] * len(terms)
+
+    @staticmethod
+    def check(options, key):
+        """Raise UsageError where a term is none."""
+        terms = options.get('terms')
+        if set(options) != {'terms'} or not isinstance(terms, (list, tuple)) or not terms:
+            raise UsageError(f'{key}: a mixed loss has terms=[dict(type=..., weight=...), ...]')
+        for i, term in enumerate(terms):
+            term = dict(term)
+            weight = term.pop('weight', 1.0)
+            if not isinstance(weight, (int, float)) or weight < 0:
+                raise UsageError(
+                    f'{key}.terms.{i}.weight={weight!r} is not a number of 0 or more')
+            check_loss(term, f'{key}.terms.{i}')
+
+    @staticmethod
+    def wants(options):
+        """What all terms look at."""
+        return set().union(*({*loss_wants(_plain(term))} for term in options['terms']))
+
+    @classmethod
+    def from_context(cls, targets, channel_axis, context, options):
+        """Build the terms for one unit. At the end of a chain there is nothing behind it."""
+        own = context.view.parts([UNIT])[UNIT]
+        terms = []
+        for term in options['terms']:
+            plain = _plain(term)
+            guided = loss_wants(plain) != {UNIT}
+            part = slice(None) if guided else own
+            kept = targets if guided else [t[part] for t in targets]
+            terms.append((build_loss(plain, kept, channel_axis, context),
+                          term.get('weight', 1.0), part))
+        return cls(terms)
+
+    def __call__(self, outputs, targets):
+        total = 0.0
+        for i, (loss_of, weight, part) in enumerate(self.terms):
+            loss = loss_of(outputs[part], targets[part])
+            if self.first[i] is None:
+                self.first[i] = loss.detach().clamp(min=1e-12)
+            total = total + weight * loss / self.first[i]
+        return total
+
+
+def _plain(term):
+    return {key: value for key, value in dict(term).items() if key != 'weight'}
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='mse_final')
+class MSEAndFinal(MixedLoss):
+    """Squared error by channel and global supervision, two to one (the shares of GLF-Q)."""
+
+    TERMS = (dict(type='channel_mse', weight=2.0), dict(type='final'))
+
+    @staticmethod
+    def check(options, key):
+        """It takes no options."""
+        for name in options:
+            raise UsageError(f"{key}.{name} is not a known key; 'mse_final' takes none")
+
+    @classmethod
+    def wants(cls, options):
+        """What both terms look at."""
+        return MixedLoss.wants(dict(terms=cls.TERMS))
+
+    @classmethod
+    def from_context(cls, targets, channel_axis, context, options):
+        """Build both terms for one unit."""
+        return super().from_context(targets, channel_axis, context, dict(terms=cls.TERMS))
