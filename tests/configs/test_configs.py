@@ -21,7 +21,7 @@ CONFIGS = REPO / 'configs'
 MIM = REPO / 'pfcr_mm' / '.mim'
 ALL = sorted(CONFIGS.rglob('*.py'))
 BASES = [path for path in ALL if '_base_' in path.parts]
-QUANT = [path for path in ALL if path.name.startswith('pfcr_')]
+QUANT = [path for path in ALL if path.name.startswith('pfcr_') and path not in BASES]
 BLOCK = [path for path in ALL if path.name.startswith('block_')]  # the baseline of the demo
 FLOAT = [path for path in ALL if path not in BASES + QUANT + BLOCK]
 

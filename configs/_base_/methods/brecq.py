@@ -1,0 +1,14 @@
+"""BRECQ (arXiv 2102.05426): blocks; roundings under float activations, then activation scales."""
+model = dict(
+    quant=dict(
+        rounding='adaround', reparam=False, softmax=dict(kind='uniform', granularity='tensor'),
+        matmul_granularity='tensor'))
+quantize_cfg = dict(
+    calibration=dict(method='mse'), levels=['block'], head_levels=['chain'],
+    pos=dict(
+        mode='steps',
+        steps=[
+            dict(activations='float', reconstruction=dict(bias_lr=0.0)),
+            dict(learn='scales', shrink=0.25)
+        ]),
+    reconstruction=dict(loss='mse'))

@@ -1,0 +1,2 @@
+"""Calibration only: nothing is learned."""
+quantize_cfg = dict(levels=[], head_levels=[], pos=dict(mode='off'))

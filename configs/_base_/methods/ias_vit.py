@@ -1,0 +1,13 @@
+"""I&S-ViT (arXiv 2311.10126) in three stages: blocks with float weights and channel-wise
+post-norm scales; exact reparameterisation; blocks with everything quantized.
+"""
+quantize_cfg = dict(
+    levels=['block'], head_levels=['chain'],
+    pos=dict(
+        mode='steps',
+        steps=[
+            dict(weights='float', norms='channel', parts=['backbone'],
+                 reconstruction=dict(input_mix=0.0)),
+            dict()
+        ]),
+    reconstruction=dict(loss='mse', scale_lr=0.0, weight_scale_lr=0.0))

@@ -1,0 +1,12 @@
+"""MGRQ (arXiv 2406.09229): blocks, with the final output and every layer inside as guides."""
+model = dict(
+    quant=dict(rounding='adaround', softmax=dict(kind='log_sqrt2', granularity='tensor')))
+quantize_cfg = dict(
+    calibration=dict(method='percentile'), levels=['block'], head_levels=['chain'],
+    pos=dict(mode='off'),
+    reconstruction=dict(
+        input_mix=0.5, bias_lr=0.0,
+        loss=dict(
+            _delete_=True, type='mixed',
+            terms=[dict(type='mse'), dict(type='final'), dict(type='layers')])),
+    head_reconstruction=dict(loss='mse'))

@@ -1,0 +1,2 @@
+"""PFCR with POS, as we read it: the granularity of quantization diminishes."""
+quantize_cfg = dict(pos=dict(mode='quantizer'))

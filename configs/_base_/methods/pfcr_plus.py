@@ -1,0 +1,7 @@
+"""PFCR with POS and what others have found to help: curvature-weighted and global losses."""
+quantize_cfg = dict(
+    reconstruction=dict(
+        loss=dict(
+            _delete_=True, type='mixed',
+            terms=[dict(type='channel_mse', weight=2.0), dict(type='aph'), dict(type='final')])),
+    head_reconstruction=dict(loss='channel_mse'))

@@ -1,0 +1,7 @@
+"""RepQ-ViT (arXiv 2212.08254): percentile scales, log-sqrt2 softmax, nothing is learned."""
+model = dict(
+    quant=dict(
+        rounding='nearest', softmax=dict(kind='log_sqrt2', granularity='tensor'),
+        matmul_granularity='tensor'))
+quantize_cfg = dict(
+    calibration=dict(method='percentile'), levels=[], head_levels=[], pos=dict(mode='off'))
