@@ -116,6 +116,8 @@ def _parser(description, program):
                         help='overrides of the config')
     parser.add_argument('--method', metavar='FILE',
                         help='keys to lay over the config, such as configs/_base_/methods/qdrop.py')
+    parser.add_argument('--split', choices=['test', 'val'], default='test',
+                        help='evaluate with test_dataloader (default) or with val_dataloader')
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='let checkpoints run pickled code; only for your own files')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
@@ -163,8 +165,10 @@ def _read_config(args):
         if cfg.model.get(key) is None:
             raise UsageError(f"config {args.config}: model.{key} is missing; see README, "
                              "'Your own detector'")
-    if cfg.get('test_dataloader') is None:
-        raise UsageError('the config has no test_dataloader, which AP is measured on')
+    if cfg.get(f'{args.split}_dataloader') is None:
+        raise UsageError(f'the config has no {args.split}_dataloader, which AP is measured on')
+    if args.split == 'val':
+        cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.get('val_evaluator')
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     return cfg
 
@@ -214,7 +218,9 @@ def _check_data(cfg, calibrates):
     from .engine.data import calibration_dataset_cfg, check_dataset
     check_dataset(cfg.test_dataloader.dataset, 'test_dataloader')
     own = cfg.get('quantize_cfg', {}).get('calibration', {}).get('dataset')
-    if calibrates and not own and cfg.get('train_dataloader') is not None:
+    if calibrates and own:
+        check_dataset(own, 'quantize_cfg.calibration.dataset')
+    elif calibrates and cfg.get('train_dataloader') is not None:
         check_dataset(calibration_dataset_cfg(cfg), 'train_dataloader')
 
 
@@ -230,14 +236,14 @@ def _damage_told(cfg):
     try:
         yield
     except json.JSONDecodeError:
-        from .engine.data import calibration_dataset_cfg
+        from .engine.data import annotation_file, calibration_dataset_cfg
         datasets = [cfg.test_dataloader.dataset]
         if cfg.get('train_dataloader') is not None:
             datasets.append(calibration_dataset_cfg(cfg))
         for dataset in datasets:
-            path = Path(dataset.get('data_root') or '', dataset.get('ann_file') or '')
+            path = annotation_file(dataset)
             try:
-                json.loads(path.read_text())
+                json.loads(path.read_text() if path else 'null')
             except json.JSONDecodeError as error:
                 raise UsageError(f'annotation file {path} is damaged: {error}') from None
             except OSError:

@@ -1,12 +1,12 @@
 """`ImageFolder`: images with a class each, in a folder a class or listed in a file."""
 from pathlib import Path
 
-import torch
 from mmengine.dataset import BaseDataset
 from PIL import Image
 
 from ..errors import UsageError
 from ..registry import DATASETS
+from .draw import checked_draw, drawn
 
 EXTENSIONS = ('.jpeg', '.jpg', '.png', '.webp', '.bmp')
 
@@ -39,7 +39,7 @@ class ImageFolder(BaseDataset):
     def __init__(self, data_root, ann_file='', num_classes=1000, draw=None, pipeline=(),
                  **kwargs):
         self.num_classes = num_classes
-        self.draw = _checked_draw(draw)
+        self.draw = checked_draw(draw)
         super().__init__(ann_file=ann_file, data_root=data_root, pipeline=list(pipeline), **kwargs)
 
     def load_data_list(self):
@@ -49,7 +49,9 @@ class ImageFolder(BaseDataset):
             raise UsageError(
                 f'image folder {root} is missing; say where it is with data_root')
         pairs = self._listed(root) if self.ann_file else self._folders(root)
-        return [dict(img_path=str(path), gt_label=label) for path, label in self._drawn(pairs)]
+        if self.draw is not None:
+            pairs = drawn(pairs, self.draw, self.data_root)
+        return [dict(img_path=str(path), gt_label=label) for path, label in pairs]
 
     def check_image(self, index):
         """Raise UsageError with the path of an image that cannot be read."""
@@ -94,29 +96,3 @@ class ImageFolder(BaseDataset):
         if not pairs:
             raise UsageError(f'annotation file {self.ann_file} lists no image')
         return pairs
-
-    def _drawn(self, pairs):
-        """The images drawn, or the others; both keep their order."""
-        if self.draw is None:
-            return pairs
-        count, rest = self.draw['count'], self.draw['rest']
-        if count >= len(pairs):
-            raise UsageError(
-                f'draw.count={count} leaves nothing of the {len(pairs)} images in '
-                f'{self.data_root} to evaluate on')
-        generator = torch.Generator().manual_seed(self.draw['seed'])
-        drawn = set(torch.randperm(len(pairs), generator=generator)[:count].tolist())
-        return [pair for i, pair in enumerate(pairs) if (i in drawn) != rest]
-
-
-def _checked_draw(draw):
-    if draw is None:
-        return None
-    known = dict(count=None, seed=0, rest=False)
-    for key in draw:
-        if key not in known:
-            raise UsageError(f'draw.{key} is not a known key; choose of {list(known)}')
-    draw = {**known, **draw}
-    if not isinstance(draw['count'], int) or draw['count'] < 1:
-        raise UsageError(f"draw.count={draw['count']!r} is not an integer of 1 or more")
-    return draw

@@ -120,17 +120,20 @@ def load_sample(dataset, index):
 
 def check_dataset(dataset_cfg, role):
     """Raise UsageError where the annotation file of a dataset config is missing."""
-    ann_file = dataset_cfg.get('ann_file')
-    if not ann_file or '://' in str(ann_file):
-        return
-    path = Path(ann_file)
-    if not path.is_absolute():
-        path = Path(dataset_cfg.get('data_root') or '.') / path
-    if not path.exists():
+    path = annotation_file(dataset_cfg)
+    if path is not None and not path.exists():
         raise UsageError(
             f'{role}: annotation file {path} is missing; COCO belongs in data/coco/ '
             '(annotations/, train2017/, val2017/), other data where data_root says. '
             'The configs in configs/demo/ need no data')
+
+
+def annotation_file(dataset_cfg):
+    """Path of the annotation file that a dataset config reads; None where it names none here."""
+    name = dataset_cfg.get('source') or dataset_cfg.get('ann_file')
+    if not name or '://' in str(name):
+        return None
+    return Path(dataset_cfg.get('data_root') or '.', name)
 
 
 def check_worker(error):
