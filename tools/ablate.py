@@ -27,18 +27,15 @@ Columns of the CSV: config, the axes, seed, metrics of the quantized, the float 
 calibrated model (0 to 1), iterations, seconds. Rows of other cells that it holds stay.
 """
 import argparse
-import csv
-import io
 import itertools
 import sys
 from pathlib import Path
 
-from benchmark import done, read_csv, run
+from benchmark import read_csv, report_of, write_csv
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.metrics import titles
 from pfcr_mm.errors import UsageError
-from pfcr_mm.files import write_atomically
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
 GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'padding', 'zero_point')
@@ -207,20 +204,9 @@ def collect(args, cells):
         name = f'{label(cell)} seed {seed}'
         folder = Path(args.work_dir) / stem / f'{label(cell)}_seed{seed}'
         arguments = [args.config, '--work-dir', str(folder), *arguments_of(args, cell, seed)]
-        try:
-            report = done(folder, arguments)
-            if report is None and not args.no_run:
-                print(f'ablate: {name}: running', flush=True)
-                run(arguments, folder)
-                report = done(folder, arguments)
-                if report is None:
-                    raise RuntimeError('it ended without a report of this config')
-        except (UsageError, RuntimeError, OSError) as error:
-            failed += 1
-            print(f'ablate: {name}: failed: {error}', file=sys.stderr, flush=True)
-            continue
+        report, ok = report_of(name, folder, arguments, args.no_run, 'ablate')
+        failed += not ok
         if report is None:
-            print(f'ablate: {name}: not done', flush=True)
             continue
         new = row(stem, described(quant_config(arguments), cell), report)
         same = ('config', *AXES, 'seed')
@@ -260,17 +246,6 @@ def row(stem, values, report):
            for prefix, state in STATES for metric in family},
         iterations=sum(unit['iters'] for unit in report['units']),
         seconds=round(report['seconds']))
-
-
-def write_csv(rows, path):
-    """Write all rows; the file is whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for r in rows for key in r))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue())
 
 
 def table(rows):

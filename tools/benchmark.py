@@ -28,8 +28,6 @@ from pfcr_mm.files import write_atomically
 QUANT = Path(__file__).with_name('quant.py')
 STATES = ('float', 'calibrated', 'quantized')
 METRICS = ('bbox_mAP', 'segm_mAP')
-COLUMNS = ('config', 'weight_bits', 'activation_bits', 'seed', 'iterations',
-           *(f'{state}_{metric}' for state in STATES for metric in METRICS), 'seconds')
 
 
 def main(argv=None):
@@ -52,20 +50,9 @@ def main(argv=None):
         folder = Path(args.work_dir) / f'{Path(config).stem}_seed{seed}'
         arguments = [config, '--work-dir', str(folder), '--cfg-options',
                      f'randomness.seed={seed}', *args.cfg_options]
-        try:
-            report = done(folder, arguments)
-            if report is None and not args.no_run:
-                print(f'benchmark: {name}: running', flush=True)
-                run(arguments, folder)
-                report = done(folder, arguments)
-                if report is None:
-                    raise RuntimeError('it ended without a report of this config')
-        except (UsageError, RuntimeError, OSError) as error:
-            failed += 1
-            print(f'benchmark: {name}: failed: {error}', file=sys.stderr, flush=True)
-            continue
+        report, ok = report_of(name, folder, arguments, args.no_run)
+        failed += not ok
         if report is None:
-            print(f'benchmark: {name}: not done', flush=True)
             continue
         rows.append(row(Path(config).stem, report))
         write_csv(kept + rows, out)
@@ -73,6 +60,36 @@ def main(argv=None):
     if failed:
         print(f'benchmark: {failed} of {len(runs)} runs failed', file=sys.stderr)
     return 1 if failed else 0
+
+
+def report_of(name, folder, arguments, no_run, program='benchmark'):
+    """The report of a run that is done already or is done now, telling what happens.
+
+    Args:
+        name (str): the run's, for the lines told.
+        folder (Path): its work dir.
+        arguments (list[str]): of tools/quant.py.
+        no_run (bool): only look at what is there.
+        program (str): who tells it.
+
+    Returns:
+        tuple[dict | None, bool]: the report, None where there is none; False where the run
+        failed.
+    """
+    try:
+        report = done(folder, arguments)
+        if report is None and not no_run:
+            print(f'{program}: {name}: running', flush=True)
+            run(arguments, folder)
+            report = done(folder, arguments)
+            if report is None:
+                raise RuntimeError('it ended without a report of this config')
+    except (UsageError, RuntimeError, OSError) as error:
+        print(f'{program}: {name}: failed: {error}', file=sys.stderr, flush=True)
+        return None, False
+    if report is None:
+        print(f'{program}: {name}: not done', flush=True)
+    return report, True
 
 
 def done(folder, arguments):
@@ -131,10 +148,11 @@ def read_csv(path):
 
 
 def write_csv(rows, path):
-    """Write all rows; the file is whole at any moment."""
+    """Write all rows, with every column that any has; the file is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for r in rows for key in r))
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=COLUMNS, lineterminator='\n')
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator='\n')
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())

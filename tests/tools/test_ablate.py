@@ -46,7 +46,7 @@ def grid(ablate, tmp_path, monkeypatch):
                             '--work-dir', str(tmp_path / 'runs')])
         return code, list(csv.DictReader(out.open())) if out.exists() else [], [*made]
 
-    monkeypatch.setattr(ablate, 'run', run)
+    monkeypatch.setitem(ablate.report_of.__globals__, 'run', run)
     call.folder = tmp_path
     return call
 
