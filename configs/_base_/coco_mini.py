@@ -14,21 +14,21 @@ default_hooks = dict(logger=dict(interval=1000))
 data_root = '{{$COCO_MINI:data/coco_mini/}}'
 source = data_root + 'annotations/instances_train2017.json'
 images = dict(img=data_root + 'train2017/')
-rest = 'work_dirs/coco_mini/annotations/rest.json'
+parts = 'work_dirs/coco_mini/annotations/'
+train_dataloader = dict(
+    dataset=dict(
+        _delete_=True, type='pfcr_mm.DrawnCoco', source=source, data_prefix=images,
+        ann_file=parts + 'calibration.json', draw=dict(count=96, seed=0),
+        pipeline={{_base_.test_pipeline}}))
 test_dataloader = dict(
     dataset=dict(
-        _delete_=True, type='pfcr_mm.DrawnCoco', source=source, ann_file=rest, data_prefix=images,
-        draw=dict(count=96, seed=0, rest=True), test_mode=True,
+        _delete_=True, type='pfcr_mm.DrawnCoco', source=source, data_prefix=images,
+        ann_file=parts + 'rest.json', draw=dict(count=96, seed=0, rest=True), test_mode=True,
         pipeline={{_base_.test_pipeline}}))
-test_evaluator = dict(ann_file=rest)
+test_evaluator = dict(ann_file=parts + 'rest.json')
 
 quantize_cfg = dict(
-    calibration=dict(
-        images=96, held_out=16, search_images=32,
-        dataset=dict(
-            type='pfcr_mm.DrawnCoco', source=source, data_prefix=images, test_mode=True,
-            ann_file='work_dirs/coco_mini/annotations/calibration.json',
-            draw=dict(count=96, seed=0), pipeline={{_base_.test_pipeline}})),
+    calibration=dict(images=96, held_out=16, search_images=32),
     levels=['leaf', 'block', 'pair', 'group', 'double', 'backbone'],
     reconstruction=dict(
         iters=60, batch_size=4, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=1e-3,
