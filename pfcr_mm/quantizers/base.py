@@ -25,6 +25,7 @@ class Quantizer(nn.Module):
         self.axis = axis
         self.enabled = False
         self.keep_prob = 1.0  # QDrop: share of values that are quantized while learning
+        self.noise = torch.rand_like  # draws which
         self.log_scale = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.register_buffer('zero_point', torch.zeros(size))
         self.calibrated = False
@@ -62,7 +63,7 @@ class Quantizer(nn.Module):
             raise RuntimeError(f'{self} is on but was never calibrated')
         quantized = self.fake_quantize(x)
         if self.keep_prob < 1.0:
-            quantized = torch.where(torch.rand_like(x) < self.keep_prob, quantized, x)
+            quantized = torch.where(self.noise(x) < self.keep_prob, quantized, x)
         return quantized
 
     def fake_quantize(self, x):

@@ -1,4 +1,5 @@
 """A loss from what a config says: a name, or a dict with options or terms."""
+from .. import parallel
 from ..errors import UsageError
 from ..registry import RECONSTRUCTION_LOSSES, lookup
 from .views import UNIT
@@ -27,6 +28,19 @@ def loss_wants(cfg):
     cls, options = parse_loss(cfg)
     wants = getattr(cls, 'wants', (UNIT, ))
     return set(wants(options) if callable(wants) else wants)
+
+
+def check_shareable(loss, cfg):
+    """Raise UsageError where several processes cannot compute a loss as one would.
+
+    Args:
+        loss (object): the loss or its class; `shares_batches` says that they can.
+        cfg (str | dict): what the config says.
+    """
+    if parallel.world_size() > 1 and not getattr(loss, 'shares_batches', False):
+        raise UsageError(
+            f'quantize_cfg.reconstruction.loss={cfg!r} cannot be computed by several processes; '
+            'use one (--launcher none)')
 
 
 def build_loss(cfg, targets, channel_axis, context=None):

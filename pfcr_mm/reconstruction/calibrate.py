@@ -1,16 +1,19 @@
 """Calibration: first scales and zero points, from float activations of training images.
 
 Statistics are gathered over every call of a layer (all images, all FPN levels, all
-RoIs) before any scale is set; large tensors are sub-sampled.
+RoIs) before any scale is set; large tensors are sub-sampled. What is sampled depends on
+the image and the layer, so several processes with an image each see what one sees.
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
+from .. import parallel
 from ..errors import UsageError
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, set_quantization
 from ..quantizers import Log2Quantizer, search
+from .noise import seed_of
 
 METHODS = ('minmax', 'percentile', 'mse', 'output')
 _VALUES = 2**18  # values of a tensor that a scale search looks at
@@ -22,23 +25,27 @@ class Reservoir:
 
     Every row draws a key; the rows with the smallest keys stay (so all rows seen
     have the same chance; a call offers a quarter of the limit at most). Also keeps
-    the extremes of everything seen.
+    the extremes of everything seen. The sample of two streams together is what is best
+    of their samples, whatever their order.
     """
 
     limit: int
-    generator: torch.Generator
     rows: torch.Tensor = None
-    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    keys: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     low: torch.Tensor = None
     high: torch.Tensor = None
 
-    def add(self, rows, low, high):
-        """Offer rows (n, width); `low` and `high` are extremes per group or scalar."""
+    def add(self, rows, low, high, generator):
+        """Offer rows (n, width); `low` and `high` are extremes per group or scalar.
+
+        `generator` draws the keys.
+        """
         rows = rows.detach().float().cpu()
         low, high = low.detach().float().cpu(), high.detach().float().cpu()
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        keys = torch.cat([self.keys, torch.rand(len(rows), generator=self.generator)])
+        keys = torch.cat([self.keys, torch.rand(
+            len(rows), generator=generator, dtype=torch.float64)])  # so fine that none are equal
         rows = rows if self.rows is None else torch.cat([self.rows, rows])
         if len(keys) > self.limit:
             self.keys, pick = torch.topk(keys, self.limit, largest=False)
@@ -46,11 +53,25 @@ class Reservoir:
         else:
             self.keys, self.rows = keys, rows
 
+    def settle(self):
+        """End of the stream: the sample of all processes, ordered by its keys."""
+        bound = torch.cat(parallel.gather(self.keys)).sort().values[:self.limit][-1:]
+        kept = self.keys <= bound if len(bound) else slice(0)
+        parts = parallel.gather(None if self.rows is None else (
+            self.keys[kept], self.rows[kept], self.low, self.high))
+        parts = [part for part in parts if part is not None]
+        if parts:
+            keys, rows, low, high = zip(*parts)
+            self.keys, order = torch.cat(keys).sort()
+            self.rows = torch.cat(rows)[order]
+            self.low, self.high = torch.stack(low).amin(0), torch.stack(high).amax(0)
+
 
 class Observer:
     """Gathers what calibration needs to know of each layer's and matmul's inputs.
 
-    Use as a context manager around float forward passes; handles are removed on exit.
+    Use as a context manager around float forward passes, and say which image they are of;
+    on exit handles are removed and the statistics of all processes are merged.
 
     Args:
         model (nn.Module): a quantized model; quantizers are switched off.
@@ -61,47 +82,65 @@ class Observer:
     def __init__(self, model, rows=4096, seed=0):
         self.model = model
         self.limit = rows
-        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.begin_image(0)
         self.layers = {}  # layer name -> Reservoir of input rows (n, fan_in)
         self.operands = {}  # quantizer name -> Reservoir of rows (n, groups)
+
+    def begin_image(self, number):
+        """The passes that follow are of the image with this number."""
+        self._image, self._generators = number, {}
 
     def __enter__(self):
         set_quantization(self.model, False, False)
         self._handles = []
         for name, module in self.model.named_modules():
             if isinstance(module, QuantLayer):
-                self.layers[name] = Reservoir(self.limit, self.generator)
+                self.layers[name] = Reservoir(self.limit)
                 self._handles.append(
-                    module.register_forward_pre_hook(self._see_layer(self.layers[name])))
+                    module.register_forward_pre_hook(self._see_layer(name)))
             elif isinstance(module, QuantMatmul):
                 for side in ('left_quantizer', 'right_quantizer'):
                     key = f'{name}.{side}'
-                    self.operands[key] = Reservoir(self.limit, self.generator)
+                    self.operands[key] = Reservoir(self.limit)
                     self._handles.append(getattr(module, side).register_forward_pre_hook(
-                        self._see_operand(self.operands[key])))
+                        self._see_operand(key)))
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for handle in self._handles:
             handle.remove()
+        if error is None:
+            for reservoir in (*self.layers.values(), *self.operands.values()):
+                reservoir.settle()
 
-    def _see_layer(self, reservoir):
+    def _generator(self, name):
+        """Draws for one layer and image, whatever was drawn before."""
+        if name not in self._generators:
+            self._generators[name] = torch.Generator().manual_seed(
+                seed_of(self.seed, name, self._image))
+        return self._generators[name]
+
+    def _see_layer(self, name):
+        reservoir = self.layers[name]
 
         def hook(layer, args):
             x = args[0]
             if x.numel() == 0:
                 return
-            rows = layer.input_rows(x, self.generator, self.limit // 4)
+            generator = self._generator(name)
+            rows = layer.input_rows(x, generator, self.limit // 4)
             if layer.input_quantizer.axis is None:
                 low, high = x.amin().view(1), x.amax().view(1)
             else:
                 flat = x.movedim(layer.input_axis, -1).flatten(0, -2)
                 low, high = flat.amin(0), flat.amax(0)
-            reservoir.add(rows, low, high)
+            reservoir.add(rows, low, high, generator)
 
         return hook
 
-    def _see_operand(self, reservoir):
+    def _see_operand(self, name):
+        reservoir = self.operands[name]
 
         def hook(quantizer, args):
             x = args[0]
@@ -115,13 +154,14 @@ class Observer:
                 grouped = x.reshape(1, -1)
             else:
                 grouped = x.movedim(quantizer.axis, 0).flatten(1)
+            generator = self._generator(name)
             pick = torch.randint(
                 grouped.shape[1], (min(self.limit, grouped.shape[1]), ),
-                generator=self.generator).to(x.device)
+                generator=generator).to(x.device)
             rows = grouped[:, pick].t()
             if isinstance(quantizer, Log2Quantizer):
                 rows = rows[rows.amin(1) > 1e-12]  # masked attention is exactly zero
-            reservoir.add(rows, grouped.amin(1), grouped.amax(1))
+            reservoir.add(rows, grouped.amin(1), grouped.amax(1), generator)
 
         return hook
 

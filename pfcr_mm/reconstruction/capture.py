@@ -1,10 +1,12 @@
 """Streams: what flows through a chain, image by image, at the boundaries of units."""
 import logging
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from mmengine.logging import print_log
 
+from .. import parallel
 from ..errors import UsageError
 from ..models.chain import State
 from .faults import BatchLimit
@@ -13,13 +15,17 @@ from .faults import BatchLimit
 class Stream:
     """One State an image, kept on the CPU; batches are drawn among equal shapes.
 
+    Of several processes each holds the states of its own images.
+
     Args:
         states (list[State]): one an image.
         dtype (torch.dtype | None): storage type of floating tensors; None keeps it.
+        numbers (list[int] | None): of the images, over all processes; None counts from 0.
     """
 
-    def __init__(self, states, dtype=None):
+    def __init__(self, states, dtype=None, numbers=None):
         self.states = [_stored(state, dtype) for state in states]
+        self.numbers = list(range(len(self.states)) if numbers is None else numbers)
         if dtype == torch.float16 and any(
                 torch.isinf(t).any() for s in self.states for t in s.tensors):
             raise UsageError(
@@ -38,10 +44,41 @@ class Stream:
 
     def buckets(self):
         """Lists of indices whose states can be batched together."""
-        groups = defaultdict(list)
-        for i, state in enumerate(self.states):
-            groups[(tuple(t.shape[1:] for t in state.tensors), state.meta)].append(i)
-        return list(groups.values())
+        return _grouped(enumerate(map(_kind, self.states)))
+
+    def held(self, numbers):
+        """Indices of those of the images `numbers` that this process holds."""
+        place = {number: i for i, number in enumerate(self.numbers)}
+        return [place[number] for number in numbers if number in place]
+
+    def roll_call(self):
+        """The images of all processes; all must call it.
+
+        Returns:
+            Roll: alike in all processes.
+        """
+        held = parallel.whole(parallel.Shard(
+            [(number, _kind(state), state.tensors[0].shape[0])
+             for number, state in zip(self.numbers, self.states)], self.numbers))
+        return Roll(_grouped((number, kind) for number, kind, _ in held),
+                    {number: rows for number, _, rows in held})
+
+
+@dataclass
+class Roll:
+    """The images that a stream has in all processes together.
+
+    Args:
+        buckets (list[list[int]]): numbers of images that can be batched together.
+        rows (dict[int, int]): rows of the first tensor by image, ascending.
+    """
+
+    buckets: list
+    rows: dict
+
+    def rows_of(self, numbers):
+        """Rows of these images together."""
+        return sum(self.rows[number] for number in numbers)
 
 
 @torch.no_grad()
@@ -69,12 +106,12 @@ def _advance(chain, stream, start, stop, device, batch_size, dtype):
                 # stored at once: nothing piles up on the device or in float32
                 states[i] = _stored(State(_part(state.tensors, sizes, k), state.meta), dtype)
                 sides[i] = _stored(State(_part(side, sizes, k)), dtype)
-    return Stream(states, dtype), Stream(sides, dtype)
+    return tuple(Stream(found, dtype, stream.numbers) for found in (states, sides))
 
 
-def split(stream, held_out):
-    """Indices for learning and for accepting; the last `held_out` entries are for accepting."""
-    indices = list(range(len(stream)))
+def split(entries, held_out):
+    """Entries for learning and for accepting; the last `held_out` are for accepting."""
+    indices = list(entries)
     held_out = min(held_out, len(indices) // 4)
     cut = len(indices) - held_out
     return indices[:cut], indices[cut:] or indices
@@ -82,6 +119,19 @@ def split(stream, held_out):
 
 def _stored(state, dtype):
     return State(tuple(t.detach().to('cpu', dtype or t.dtype) for t in state.tensors), state.meta)
+
+
+def _kind(state):
+    """What states must share to be batched."""
+    return tuple(t.shape[1:] for t in state.tensors), state.meta
+
+
+def _grouped(pairs):
+    """Lists of keys with the same value, in order."""
+    groups = defaultdict(list)
+    for key, value in pairs:
+        groups[value].append(key)
+    return list(groups.values())
 
 
 def _part(tensors, sizes, k):

@@ -8,6 +8,7 @@ from ..errors import FaultError
 from ..modules import quantizers_of
 
 ON_NONFINITE = ('restore', 'stop')
+ALL_FINITE = 'all layers are finite'
 
 
 @dataclass
@@ -101,16 +102,18 @@ def split_batch(state, target, sizes, limit):
         limit (int): entries a part.
 
     Yields:
-        tuple[State, tuple[Tensor], float]: state, target and share of all rows.
+        tuple[State, tuple[Tensor], float, slice]: state, target, share of all rows, and
+        which entries they are.
     """
     total, start = sum(sizes), 0
     for k in range(0, len(sizes), limit):
         stop = start + sum(sizes[k:k + limit])
         if (start, stop) == (0, total):
-            yield state, target, 1.0
+            yield state, target, 1.0, slice(None)
         elif stop > start:
             yield (state._replace(tensors=tuple(t[start:stop] for t in state.tensors)),
-                   tuple(t[start:stop] for t in target), (stop - start) / total)
+                   tuple(t[start:stop] for t in target), (stop - start) / total,
+                   slice(k, k + limit))
         start = stop
 
 
@@ -147,7 +150,7 @@ def find_nonfinite(chain, unit, state, target, name_of):
     finally:
         for handle in handles:
             handle.remove()
-    return f'the output of {name_of(found[0])} has NaN or Inf' if found else 'all layers are finite'
+    return f'the output of {name_of(found[0])} has NaN or Inf' if found else ALL_FINITE
 
 
 def check_seen(seen):

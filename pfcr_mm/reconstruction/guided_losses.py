@@ -66,6 +66,11 @@ class HeadKL(_Guided):
         other (str | dict): loss of all other units.
     """
 
+    @property
+    def shares_batches(self):
+        """Whether processes may share a batch: as the loss in its place."""
+        return self.other is None or getattr(self.other, 'shares_batches', False)
+
     def __init__(self, targets, channel_axis, context, temperature=1.0, other='channel_mse'):
         self.temperature = temperature
         self.other = None
@@ -90,6 +95,7 @@ class FinalLoss(_Guided):
     """
 
     wants = (FINAL, )
+    shares_batches = True
 
     def __init__(self, targets, channel_axis, context, temperature=1.0):
         if context.view.unit.layer:

@@ -1,6 +1,7 @@
 """Reconstruction losses: how far a unit's output is from its float target."""
 import torch
 
+from .. import parallel
 from ..registry import RECONSTRUCTION_LOSSES
 
 
@@ -8,20 +9,26 @@ from ..registry import RECONSTRUCTION_LOSSES
 class MSELoss:
     """Mean squared error over all elements, divided by the target's mean square.
 
-    Built once a unit from its targets; called with a batch.
+    Built once a unit from its targets, those of all processes; called with a batch.
 
     Args:
         targets (list[tuple[Tensor]]): the unit's targets, one tuple an entry.
         channel_axis (int): axis of the channels.
     """
 
+    # A batch's loss is the mean over its rows of something that no other row changes, and
+    # what was taken from targets is the same everywhere: processes may share a batch.
+    shares_batches = True
+
     def __init__(self, targets, channel_axis):
         self.channel_axis = channel_axis
-        self.weights = [self._weight([t[k] for t in targets]) for k in range(len(targets[0]))]
+        outputs = max(parallel.gather(len(targets[0]) if targets else 0))
+        self.weights = [self._weight([t[k] for t in targets]) for k in range(outputs)]
 
     def _weight(self, tensors):
-        energy = sum(t.float().square().sum() for t in tensors)
-        return 1.0 / (energy / max(1, sum(t.numel() for t in tensors))).clamp(min=1e-12)
+        energy = parallel.total(sum(t.float().square().sum() for t in tensors))
+        count = parallel.total(sum(t.numel() for t in tensors))
+        return 1.0 / (energy / max(1, count)).clamp(min=1e-12)
 
     def __call__(self, outputs, targets):
         """Mean over the output tensors, each with equal weight."""
@@ -53,6 +60,7 @@ class ChannelMSELoss(MSELoss):
             count += rows.shape[1]
             total = total + rows.sum(1)
             square = square + rows.square().sum(1)
+        count, total, square = (parallel.total(own) for own in (count, total, square))
         variance = (square - total**2 / max(1, count)) / max(1, count)
         variance = variance.clamp(min=0)
         variance = torch.maximum(variance, self.floor * variance.mean()).clamp(min=1e-12)

@@ -7,11 +7,13 @@ from functools import partial
 
 import torch
 
+from .. import parallel
 from ..errors import UsageError
 from ..modules import QuantLayer, quantizers_of
-from .build_loss import build_loss, check_loss
+from .build_loss import build_loss, check_loss, check_shareable
 from .capture import split
-from .faults import BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
+from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
+from .noise import ImageNoise
 
 
 @dataclass
@@ -105,17 +107,21 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 held_out, generator, device, on_step=None, faults=None, loss_of=None):
     """Learn rounding, scales and biases of a unit; undo it where the held-out loss rose.
 
+    Of several processes all draw the same batches, and each computes the part of it that
+    it holds the images of; gradients and losses are summed.
+
     Args:
         chain (Chain): of the quantized model.
         unit (Unit): leaves [start, stop) of the chain.
         quantized_inputs (Stream): the unit's input from the quantized prefix.
         float_inputs (Stream): the same from the float model.
-        targets (list[tuple[Tensor]]): the float model's outputs, one entry an image.
+        targets (list[tuple[Tensor]]): the float model's outputs, one entry an image held.
         config (UnitConfig): rates and iterations.
         learn_weights (str): 'rounding' as the layers' rounding says, or 'float' for
             plain float weights (first stage of POS), or 'fixed' for activation scales alone.
         held_out (int): images kept for accepting.
-        generator (torch.Generator): draws batches.
+        generator (torch.Generator): draws batches, alike in all processes; its seed also
+            draws QDrop's masks.
         device (torch.device): where to compute.
         on_step (callable | None): called with (step, loss).
         faults (Faults | None): what to do where memory runs out or a loss is no number.
@@ -131,29 +137,35 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     began = time.time()
     faults = faults or Faults()
     limit = BatchLimit(config.batch_size, unit.name, faults.tell)
-    learn_on, accept_on = split(quantized_inputs, held_out)
+    roll = quantized_inputs.roll_call()
+    learn_on, accept_on = split(roll.rows, held_out)
+    held = quantized_inputs.held
     loss_of = loss_of or build_loss(config.loss, targets, chain.channel_axis)
+    check_shareable(loss_of, config.loss)
     modules = unit_modules(chain, unit)
 
     def evaluate():
-        return limit.run(lambda size: _held_out_loss(
-            chain, unit, quantized_inputs, targets, accept_on, loss_of, size, device))
+        own = limit.run(lambda size: _held_out_loss(
+            chain, unit, quantized_inputs, targets, held(accept_on), loss_of, size, device))
+        return parallel.total(own) / max(1, roll.rows_of(accept_on))
 
-    def check(loss, what, pick):
+    def check(loss, what, mine):
         if not math.isfinite(loss):
-            raise NotFinite(loss, what, unit, find_nonfinite(
-                chain, unit, quantized_inputs.batch(pick, device),
-                _collate(targets, pick, device), faults.name_of))
+            found = parallel.gather(find_nonfinite(
+                chain, unit, quantized_inputs.batch(mine, device),
+                _collate(targets, mine, device), faults.name_of) if mine else ALL_FINITE)
+            raise NotFinite(loss, what, unit, min(found, key=ALL_FINITE.__eq__))
 
     before = after = evaluate()
     saved = snapshot(modules)
     learned = LearnedParameters(modules, config, learn_weights)
-    buckets = [[i for i in bucket if i in set(learn_on)] for bucket in quantized_inputs.buckets()]
+    noise = ImageNoise(generator.initial_seed())
+    buckets = [[i for i in bucket if i in set(learn_on)] for bucket in roll.buckets]
     buckets = [b for b in buckets if b]
     weights = torch.tensor([float(len(b)) for b in buckets])
     every = 1 if device.type == 'cpu' else 10  # looking at a loss makes a GPU wait
     try:
-        check(before, 'loss before learning', accept_on[:1])
+        check(before, 'loss before learning', held(accept_on)[:1])
         with _undone_on_error(modules, saved), learned:
             for step in range(config.iters if learned.parameters else 0):
                 progress = step / config.iters
@@ -161,21 +173,24 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
                 order = torch.randperm(len(bucket), generator=generator)[:config.batch_size]
                 pick = [bucket[i] for i in order.tolist()]
-                state = quantized_inputs.batch(pick, device)
-                if config.input_mix < 1.0:
-                    state = _mix(state, float_inputs.batch(pick, device), config.input_mix)
-                target = _collate(targets, pick, device)
-                sizes = [quantized_inputs.states[i].tensors[0].shape[0] for i in pick]
+                mine = held(pick)
+                batch = None
+                if mine:
+                    batch = Batch.collect(
+                        quantized_inputs, float_inputs, targets, mine, step, noise, device,
+                        config.input_mix, roll.rows_of(pick))
                 loss = limit.run(partial(
-                    learned.backward, chain, unit, state, target, sizes, loss_of, progress))
+                    learned.backward, chain, unit, batch, loss_of, progress))
+                loss = parallel.sum_gradients(learned.parameters, loss.to(device))
                 if step % every == 0:
-                    check(loss.item(), f'loss of step {step}', pick)
+                    check(loss.item(), f'loss of step {step}', mine)
                 learned.update()
                 if on_step is not None:
                     on_step(step, loss)
+        parallel.copy_from_main([p for m in modules for p in m.parameters()])  # to the bit
         after = evaluate()
         with _undone_on_error(modules, saved):
-            check(after, 'loss after learning', accept_on[:1])
+            check(after, 'loss after learning', held(accept_on)[:1])
         accepted = after < before
         if not accepted:
             restore(modules, saved)
@@ -184,6 +199,48 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         faults.nonfinite(found)
     return dict(
         loss_before=before, loss_after=after, accepted=accepted, seconds=time.time() - began)
+
+
+@dataclass
+class Batch:
+    """What this process holds of a step's batch.
+
+    Args:
+        state (State): input of the unit.
+        target (tuple[Tensor]): what its output should be.
+        numbers (list[int]): of the images.
+        sizes (list[int]): rows of each.
+        share (float): of the rows of the whole batch.
+        step (int): of the optimisation.
+        noise (ImageNoise): draws what is quantized (QDrop).
+    """
+
+    state: object
+    target: tuple
+    numbers: list
+    sizes: list
+    share: float
+    step: int
+    noise: ImageNoise
+
+    @classmethod
+    def collect(cls, quantized, floating, targets, indices, step, noise, device, input_mix, rows):
+        """From streams and targets; `rows` has the whole batch."""
+        state = quantized.batch(indices, device)
+        numbers = [quantized.numbers[i] for i in indices]
+        sizes = [quantized.states[i].tensors[0].shape[0] for i in indices]
+        if input_mix < 1.0:
+            noise.begin('input', step, numbers, sizes)
+            state = _mix(state, floating.batch(indices, device), input_mix, noise)
+        return cls(state, _collate(targets, indices, device), numbers, sizes, sum(sizes) / rows,
+                   step, noise)
+
+    def parts(self, limit):
+        """Parts of at most `limit` images: state, target and share of the whole batch."""
+        for state, target, share, some in split_batch(
+                self.state, self.target, self.sizes, limit):
+            self.noise.begin('inside', self.step, self.numbers[some], self.sizes[some])
+            yield state, target, share * self.share
 
 
 @contextmanager
@@ -257,20 +314,27 @@ class LearnedParameters:
         for group in self.optimizer.param_groups:
             group['lr'] = group['base_lr'] * factor
 
-    def backward(self, chain, unit, state, target, sizes, loss_of, progress, limit):
-        """Gradient of one step, computed `limit` entries of the batch at a time.
+    def backward(self, chain, unit, batch, loss_of, progress, limit):
+        """This process's part of the gradient of one step, `limit` images at a time.
+
+        `batch` is None where it holds none of the batch's images.
 
         Returns:
-            Tensor: the loss of the whole batch, detached.
+            Tensor: its part of the loss, detached.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
-        for part, wanted, share in split_batch(state, target, sizes, limit):
-            output, side = chain.run(part, unit.start, unit.stop)
-            loss = loss_of(output.tensors + side, wanted) * share
-            (loss + extra).backward()
-            total, extra = total + loss.detach(), 0.0  # once a step
+        total = torch.zeros(())
+        if parallel.is_main():  # once a step, over all parts and processes
+            extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
+            if torch.is_tensor(extra):
+                extra.backward()
+        for quantizer in self.activations if batch else ():
+            quantizer.noise = batch.noise
+        for state, target, share in batch.parts(limit) if batch else ():
+            output, side = chain.run(state, unit.start, unit.stop)
+            loss = loss_of(output.tensors + side, target) * share
+            loss.backward()
+            total = total.to(loss) + loss.detach()
         return total
 
     def update(self):
@@ -284,7 +348,7 @@ class LearnedParameters:
             parameter.requires_grad_(False)
             parameter.grad = None
         for quantizer in self.activations:
-            quantizer.keep_prob = 1.0
+            quantizer.keep_prob, quantizer.noise = 1.0, torch.rand_like
         for layer in self.open:
             layer.rounding.close()
 
@@ -313,6 +377,7 @@ def restore(modules, saved):
 
 @torch.no_grad()
 def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, device):
+    """Sum over the rows of the entries `indices`."""
     total = 0.0
     wanted = set(indices)
     for bucket in inputs.buckets():
@@ -321,8 +386,8 @@ def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, d
             pick = bucket[k:k + batch_size]
             state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
             loss = loss_of(state.tensors + side, _collate(targets, pick, device))
-            total += float(loss) * len(pick)
-    return total / max(1, len(indices))
+            total += float(loss) * sum(inputs.states[i].tensors[0].shape[0] for i in pick)
+    return total
 
 
 def _collate(targets, pick, device):
@@ -330,9 +395,9 @@ def _collate(targets, pick, device):
         torch.cat(parts).to(device, torch.float32) for parts in zip(*(targets[i] for i in pick)))
 
 
-def _mix(quantized, floating, share):
+def _mix(quantized, floating, share, noise):
     """QDrop: each input element from the quantized prefix with probability `share`."""
     tensors = tuple(
-        torch.where(torch.rand_like(q) < share, q, f)
+        torch.where(noise(q) < share, q, f)
         for q, f in zip(quantized.tensors, floating.tensors))
     return quantized._replace(tensors=tensors)

@@ -94,9 +94,10 @@ class ChainReconstructor:
         ]
         seed = self.seed * 100003 + number
         loss_of = build_loss(config.loss, targets, self.chain.channel_axis, self._context(
-            float_chain, unit, len(targets[0]), float_outputs, config.batch_size))
+            float_chain, unit, len(targets[0]) if targets else 0, float_outputs,
+            config.batch_size))
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
-            torch.manual_seed(seed)  # QDrop's masks; batches come from the generator
+            torch.manual_seed(seed)  # for what does not draw by image; batches do
             result = reconstruct(
                 chain, unit, inputs, float_inputs, targets, config, stage.learns, self.held_out,
                 torch.Generator().manual_seed(seed), self.device, on_step, self.faults, loss_of)

@@ -9,29 +9,33 @@ import torch
 from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
+from .. import parallel
 from ..models.chain import State
 from .capture import Stream
+from .noise import seed_of
 
 
 def image_stream(images):
     """Stream into the backbone: (1, 3, H, W) each."""
-    return Stream([State((inputs, )) for inputs, _ in images])
+    return Stream([State((inputs, )) for inputs, _ in images], None, parallel.numbers_of(images))
 
 
 @torch.no_grad()
 def backbone_stream(model, images, dtype=None):
     """Stream into the neck: the backbone's maps."""
-    return Stream([State(tuple(model.backbone(_on(model, x)))) for x, _ in images], dtype)
+    return Stream([State(tuple(model.backbone(_on(model, x)))) for x, _ in images], dtype,
+                  parallel.numbers_of(images))
 
 
 @torch.no_grad()
 def feature_stream(model, images, dtype=None):
     """Stream into the RPN head: all maps of the neck."""
-    return Stream([State(tuple(model.extract_feat(_on(model, x)))) for x, _ in images], dtype)
+    return Stream([State(tuple(model.extract_feat(_on(model, x)))) for x, _ in images], dtype,
+                  parallel.numbers_of(images))
 
 
 @torch.no_grad()
-def float_boxes(teacher, images, proposals_per_image, detections_per_image, generator):
+def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
     """Boxes of the float model for every RoI head.
 
     A box head of a cascade sees the proposals as the float stages before it refined
@@ -39,13 +43,14 @@ def float_boxes(teacher, images, proposals_per_image, detections_per_image, gene
 
     Args:
         teacher (nn.Module): the float detector.
-        images (list): (inputs, data samples) pairs.
+        images (list | Shard): (inputs, data samples) pairs.
         proposals_per_image (int): proposals kept: the best half, and a random half.
         detections_per_image (int): detections kept, best first.
+        seed (int): draws proposals, with the image's number.
 
     Returns:
         dict[str, list[Tensor]]: for each part, such as 'roi_head.bbox_head' or
-        'roi_head.mask_head.2', one entry an image: boxes (n, 4) in pixels of the
+        'roi_head.mask_head.2', one entry an image (of all processes): boxes (n, 4) in pixels of the
         network's input; n may be 0.
     """
     cascade = isinstance(teacher.roi_head, CascadeRoIHead)
@@ -53,7 +58,8 @@ def float_boxes(teacher, images, proposals_per_image, detections_per_image, gene
     box_parts, mask_parts = ([f'roi_head.{name}' + ('' if i is None else f'.{i}') for i in stages]
                              for name in ('bbox_head', 'mask_head'))
     boxes = {part: [] for part in box_parts + mask_parts}
-    for inputs, samples in images:
+    for number, (inputs, samples) in zip(parallel.numbers_of(images), images):
+        generator = torch.Generator().manual_seed(seed_of(seed, number))
         maps = teacher.extract_feat(_on(teacher, inputs))
         found = teacher.rpn_head.predict(maps, samples, rescale=False)
         kept = _some(found[0].bboxes, proposals_per_image, generator)
@@ -63,7 +69,8 @@ def float_boxes(teacher, images, proposals_per_image, detections_per_image, gene
         results = teacher.roi_head.predict(maps, found, samples, rescale=False)
         for part in mask_parts:
             boxes[part].append(results[0].bboxes[:detections_per_image].cpu())
-    return boxes
+    return {part: parallel.whole(parallel.Shard(found, parallel.numbers_of(images)))
+            for part, found in boxes.items()}
 
 
 def refined(roi_head, maps, boxes, meta):
@@ -99,19 +106,21 @@ def roi_stream(model, part, images, boxes, dtype=None):
     Args:
         model (nn.Module): the detector.
         part (str): name of the head, such as 'roi_head.bbox_head.1'.
-        images (list): (inputs, data samples) pairs.
-        boxes (list[Tensor]): (n, 4) an image.
+        images (list | Shard): (inputs, data samples) pairs.
+        boxes (list[Tensor]): (n, 4) an image, by its number.
         dtype (torch.dtype | None): storage type.
     """
     extractor = _extractor(model, part)
-    states = []
-    for (inputs, _), image_boxes in zip(images, boxes):
+    states, numbers = [], []
+    for number, (inputs, _) in zip(parallel.numbers_of(images), images):
+        image_boxes = boxes[number]
         if len(image_boxes) == 0:
             continue
+        numbers.append(number)
         maps = model.extract_feat(_on(model, inputs))
         rois = bbox2roi([image_boxes.to(maps[0].device)])
         states.append(State((extractor(maps[:extractor.num_inputs], rois), )))
-    return Stream(states, dtype)
+    return Stream(states, dtype, numbers)
 
 
 @torch.no_grad()

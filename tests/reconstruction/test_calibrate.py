@@ -149,10 +149,10 @@ def test_masked_entries_do_not_enter_the_log_search():
 # --- the reservoir -----------------------------------------------------------------
 
 def test_reservoir_keeps_extremes_and_a_fair_sample():
-    reservoir = Reservoir(500, torch.Generator().manual_seed(0))
+    reservoir, generator = Reservoir(500), torch.Generator().manual_seed(0)
     for i in range(40):
         rows = torch.full((100 if i else 1000, 1), float(i))
-        reservoir.add(rows, rows.amin().view(1), rows.amax().view(1))
+        reservoir.add(rows, rows.amin().view(1), rows.amax().view(1), generator)
     assert len(reservoir.rows) == 500
     assert (reservoir.low.item(), reservoir.high.item()) == (0, 39)
     share = (reservoir.rows == 0).float().mean().item()

@@ -51,9 +51,9 @@ def test_advance_splits_entries_of_many_rows():
 
 def test_held_out_images_are_apart_from_those_learned_on():
     images = Stream([State((torch.zeros(1), )) for _ in range(12)])
-    learn, accept = split(images, 3)
+    learn, accept = split(images.numbers, 3)
     assert learn == list(range(9)) and accept == [9, 10, 11]
-    learn, accept = split(images, 100)  # at most a quarter
+    learn, accept = split(images.numbers, 100)  # at most a quarter
     assert len(accept) == 3 and not set(learn) & set(accept)
-    learn, accept = split(Stream(images.states[:2]), 4)  # too few to hold any out
+    learn, accept = split(range(2), 4)  # too few to hold any out
     assert learn == accept == [0, 1]

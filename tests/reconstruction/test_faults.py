@@ -63,7 +63,8 @@ def test_one_step_in_parts_has_the_same_gradient():
     """Entries of several rows, and a regulariser that counts once."""
     from pfcr_mm.models.chain import State
     from pfcr_mm.reconstruction.losses import MSELoss
-    from pfcr_mm.reconstruction.optimize import LearnedParameters, unit_modules
+    from pfcr_mm.reconstruction.noise import ImageNoise
+    from pfcr_mm.reconstruction.optimize import Batch, LearnedParameters, unit_modules
     from pfcr_mm.reconstruction.units import units_of
     model, teacher, _ = toy('adaround', branches=2)
     chain = chain_of(model)
@@ -75,7 +76,8 @@ def test_one_step_in_parts_has_the_same_gradient():
     gradients = []
     with LearnedParameters(unit_modules(chain, unit), CONFIG, 'rounding') as learned:
         for limit in (4, 3, 1):
-            loss = learned.backward(chain, unit, State((x, )), target, sizes, loss_of, 0.7, limit)
+            batch = Batch(State((x, )), target, [0, 1, 2, 3], sizes, 1.0, 0, ImageNoise(0))
+            loss = learned.backward(chain, unit, batch, loss_of, 0.7, limit)
             gradients.append((loss, [p.grad.clone() for p in learned.parameters]))
     for loss, grads in gradients[1:]:
         assert torch.allclose(loss, gradients[0][0], rtol=1e-5)
@@ -90,6 +92,7 @@ def test_split_batch_keeps_rows_together():
     assert [p[0].tensors[0].flatten().tolist() for p in parts] == [[0], [1, 2, 3, 4, 5]]
     assert [p[1][0].flatten().tolist() for p in parts] == [[1], [2, 3, 4, 5, 6]]
     assert [p[2] for p in parts] == [pytest.approx(1 / 6), pytest.approx(5 / 6)]
+    assert [list(range(4))[p[3]] for p in parts] == [[0, 1], [2, 3]]
 
 
 def test_out_of_memory_with_one_image_says_what_to_set(little_memory):

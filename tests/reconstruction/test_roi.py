@@ -26,7 +26,7 @@ def model(teacher, images):
 @pytest.fixture(scope='module')
 def boxes(teacher, images):
     return roi.float_boxes(
-        teacher, images, PROPOSALS, DETECTIONS, torch.Generator().manual_seed(0))
+        teacher, images, PROPOSALS, DETECTIONS, seed=0)
 
 
 def test_there_are_boxes_for_every_roi_part(teacher, boxes, images):
