@@ -18,9 +18,13 @@ from pathlib import Path
 from mmengine.config import Config, DictAction
 from mmengine.registry import init_default_scope
 
+from . import parallel
 from .errors import UsageError
 from .files import disk_full_line, is_disk_full, write_atomically
 from .registry import RUNNERS
+
+# Seconds: where a process dies, the others' communication breaks, and the watch says why.
+_CONSEQUENCE = 5.0
 
 
 def quant_main(argv=None):
@@ -67,8 +71,9 @@ def test_main(argv=None):
             except Exception:
                 check_images(runner.test_dataloader.dataset)
                 raise
-        for key, value in counted(metrics).items():
-            print(f'{key}: {value:.4f}')
+        if parallel.is_main():
+            for key, value in counted(metrics).items():
+                print(f'{key}: {value:.4f}')
 
     return _guarded('test.py', run, args)
 
@@ -92,7 +97,8 @@ def _dry_run(args):
         cfg.visualizer = dict(type='Visualizer', name=folder)  # writes nothing
         loop = _build_runner(cfg).build_quantize_loop()
         loop.rehearse()
-        print('\n'.join([*plan_lines(loop), '  not looked at: data, checkpoint']))
+        if parallel.is_main():
+            print('\n'.join([*plan_lines(loop), '  not looked at: data, checkpoint']))
 
 
 class _Overrides(DictAction):
@@ -108,8 +114,16 @@ class _Overrides(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
+class _Parser(argparse.ArgumentParser):
+    """One of several processes prints usage and errors."""
+
+    def _print_message(self, message, file=None):
+        if not parallel.rank_of_environment():
+            super()._print_message(message, file)
+
+
 def _parser(description, program):
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = _Parser(prog=program, description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='where to write (default: work_dirs/CONFIG)')
     parser.add_argument('--cfg-options', nargs='+', action=_Overrides, metavar='KEY=VALUE',
@@ -121,7 +135,7 @@ def _parser(description, program):
     parser.add_argument('--trust-checkpoint', action='store_true',
                         help='let checkpoints run pickled code; only for your own files')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none',
-                        help='job launcher')
+                        help='how this process was started, where it is one of several')
     return parser
 
 
@@ -140,8 +154,6 @@ def _read_config(args):
     except (TypeError, KeyError, IndexError) as error:
         raise UsageError(f'--cfg-options does not fit the config: {error}') from None
     cfg.launcher = args.launcher
-    if args.launcher != 'none':
-        raise UsageError(f'--launcher {args.launcher} is not supported yet; use one process')
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or os.path.join(
         'work_dirs', Path(args.config).stem)
     args.work_dir = cfg.work_dir  # where a traceback would go
@@ -255,15 +267,19 @@ def _guarded(program, run, args):
     """Run a tool; whatever goes wrong ends in one line. Returns the exit code."""
     # mmdet's import says so on stderr, and we use pycocotools
     warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')
+    # MMEngine's, from each of several processes
+    warnings.filterwarnings('ignore', 'Setting (OMP|MKL)_NUM_THREADS environment variable')
     try:
+        advice = f'; {_goes_on(program)}, with any number of processes'
+        parallel.start(args.launcher, program, advice if _goes_on(program) else '')
         run()
+        parallel.stop()
     except UsageError as error:
         return _refuse(program, error, error.exit_code)
     except KeyboardInterrupt as stop:  # or `Stopped`, which says by what
         signum = signal.Signals(getattr(stop, 'signum', signal.SIGINT))
-        more = ('; the same command with --resume goes on after the last unit that was finished'
-                if program == 'quant.py' else '')
-        return _refuse(program, f'stopped by {signum.name}{more}', 128 + signum)
+        more = '; '.join(filter(None, [f'stopped by {signum.name}', _goes_on(program)]))
+        return _refuse(program, more, 128 + signum)
     except KeyError as error:  # a misspelt `type` anywhere in the config
         if not re.search(r'is not in the \S+ registry', str(error)):
             return _unexpected(program, error, args)
@@ -271,6 +287,12 @@ def _guarded(program, run, args):
     except Exception as error:
         return _unexpected(program, error, args)
     return 0
+
+
+def _goes_on(program):
+    """What to do after an early end."""
+    return ('the same command with --resume goes on after the last unit that was finished'
+            if program == 'quant.py' else '')
 
 
 def _unexpected(program, error, args):
@@ -284,18 +306,23 @@ def _unexpected(program, error, args):
             "quantize_cfg.cache_dtype='float16', a smaller test_dataloader.batch_size or smaller "
             'images; --resume goes on', 1)
     folder = args.work_dir if os.path.isdir(args.work_dir or '') else tempfile.gettempdir()
-    path = Path(folder, f'{program}.traceback.txt')
+    part = '' if parallel.is_main() else f'.{parallel.rank()}'
+    path = Path(folder, f'{program}{part}.traceback.txt')
     try:
         write_atomically(path, ''.join(traceback.format_exception(error)))
     except OSError:
         path = 'nowhere: it could not be written'
     lines = str(error).strip().splitlines() or ['no message']
     return _refuse(
-        program, f'{type(error).__name__}: {lines[0][:300]} (the traceback is in {path})', 1)
+        program, f'{type(error).__name__}: {lines[0][:300]} (the traceback is in {path})', 1,
+        _CONSEQUENCE)
 
 
-def _refuse(program, message, code=2):
-    print(f'{program}: error: {" ".join(str(message).split())}', file=sys.stderr)
+def _refuse(program, message, code=2, seconds=0.0):
+    """Print one line and return the exit code; of several processes, end them all."""
+    line = ' '.join(str(message).split())
+    parallel.end(line, code, seconds)
+    print(f'{program}: error: {line}', file=sys.stderr)
     return code
 
 

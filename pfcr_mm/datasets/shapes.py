@@ -4,10 +4,12 @@ Every image is a function of (seed, split, index) alone. Objects are annotated b
 their *visible* region: polygons where it has no hole, RLE where it has one, and
 an uncompressed RLE with `iscrowd=1` for swarms of small shapes.
 """
+import fcntl
 import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +70,15 @@ def write_shapes(root, split, num_images, seed=0, image_size=128, scene='normal'
         return ann_file
 
     root.mkdir(parents=True, exist_ok=True)
+    with _locked(root):  # of several processes one draws, the others find it done
+        if _info_of(ann_file) != info:
+            _write(root, ann_file, info)
+    return ann_file
+
+
+def _write(root, ann_file, info):
+    split, num_images, seed, image_size, scene = (
+        info[key] for key in ('split', 'num_images', 'seed', 'image_size', 'scene'))
     staging = Path(tempfile.mkdtemp(prefix=f'.{split}-', dir=root))
     images, annotations = [], []
     for index in range(num_images):
@@ -91,7 +102,18 @@ def write_shapes(root, split, num_images, seed=0, image_size=128, scene='normal'
         info=info, images=images, annotations=annotations,
         categories=[dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)])))
     os.replace(partial, ann_file)
-    return ann_file
+
+
+@contextmanager
+def _locked(folder):
+    """Hold the kernel's lock on a folder; it goes with the process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def draw_image(seed, split, index, size=128, scene='normal'):

@@ -6,12 +6,13 @@ import cv2
 import torch
 from mmengine.dataset import pseudo_collate
 
+from .. import parallel
 from ..errors import FaultError, UsageError
 from ..registry import DATASETS
 
 
 def calibration_images(cfg, model, count, seed, dataset=None, note=None):
-    """Draw and preprocess calibration images.
+    """Draw and preprocess calibration images; of several processes each loads its share.
 
     Args:
         cfg (Config): with `train_dataloader` and `test_dataloader`.
@@ -23,7 +24,8 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None):
             that (`skips_broken`).
 
     Returns:
-        list[tuple[Tensor, list]]: inputs (1, 3, H, W) and data samples, an image each.
+        Shard: inputs (1, 3, H, W) and data samples, a pair an image; numbered in the order
+        they are drawn in, those that are left out not counted.
     """
     dataset_cfg = dataset or calibration_dataset_cfg(cfg)
     check_dataset(dataset_cfg, 'calibration')
@@ -37,23 +39,32 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None):
         raise UsageError(
             'the calibration set is empty: quantize_cfg.calibration.images is '
             f'{count}, the training split has {len(dataset)} images')
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    images = []
-    for index in order.tolist():
-        if len(images) == count:
-            break
-        try:
-            sample = load_sample(dataset, index)
-        except UsageError as error:
-            if not getattr(dataset, 'skips_broken', False):
-                raise
-            note(f'{error}; it is left out of calibration')
-            continue
-        data = model.data_preprocessor(pseudo_collate([sample]), False)
-        images.append((data['inputs'].cpu(), data['data_samples']))
-    if not images:
+    order = torch.randperm(
+        len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    images, good = {}, []  # by place in the order; places of all that can be read
+    tried = 0
+    while len(good) < count and tried < len(order):
+        places = range(tried, min(len(order), tried + count - len(good)))
+        broken = {}
+        for place in places[parallel.rank()::parallel.world_size()]:
+            try:
+                sample = load_sample(dataset, order[place])
+            except UsageError as error:
+                if not getattr(dataset, 'skips_broken', False):
+                    raise
+                broken[place] = str(error)
+                continue
+            data = model.data_preprocessor(pseudo_collate([sample]), False)
+            images[place] = (data['inputs'].cpu(), data['data_samples'])
+        broken = {place: why for part in parallel.gather(broken) for place, why in part.items()}
+        for place in sorted(broken):
+            note(f'{broken[place]}; it is left out of calibration')
+        good += [place for place in places if place not in broken]
+        tried = places.stop
+    if not good:
         raise UsageError('the calibration set is empty: none of its images can be read')
-    return images
+    number_of = {place: number for number, place in enumerate(good)}
+    return parallel.Shard(images.values(), map(number_of.get, images))
 
 
 def refuse_shared_images(images, dataset):

@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+from .. import parallel
 from ..errors import UsageError
 
 NAME = 'run.lock'
@@ -12,6 +13,8 @@ _HELD = {}  # path -> handle: a process may enter again
 
 class WorkDirLock:
     """Holds a work dir for this process, as a context manager.
+
+    Of several processes at one run the main one holds it.
 
     The lock is the kernel's (`flock`), so it goes when the process goes, however it
     ends; a file that stays behind means nothing. Process and host are in the file
@@ -29,7 +32,7 @@ class WorkDirLock:
         self._outermost = False
 
     def __enter__(self):
-        if self.path in _HELD:
+        if self.path in _HELD or not parallel.is_main():
             return self
         handle = self._lock()
         if handle is not None:

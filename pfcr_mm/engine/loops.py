@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from mmengine.runner import BaseLoop
 
+from .. import parallel
 from ..errors import UsageError
 from ..models import part_chains, reparameterise
 from ..models.checkpoint import save_quantized
@@ -28,6 +29,7 @@ from ..reconstruction import (
     observe,
     roi,
 )
+from ..reconstruction.build_loss import check_shareable, parse_loss
 from ..reconstruction.calibrate import METHODS
 from ..reconstruction.faults import ON_NONFINITE, check_seen
 from ..reconstruction.units import check_levels
@@ -193,8 +195,8 @@ class PFCRLoop(Resumable, BaseLoop):
 
         self.enter_final_stage(self.model)
         harden(self.model)
-        self.size_bytes = save_quantized(
-            self.model, f'{self.runner.work_dir}/{CHECKPOINT}', self._meta())
+        self.size_bytes = parallel.from_main(lambda: save_quantized(
+            self.model, f'{self.runner.work_dir}/{CHECKPOINT}', self._meta()))
         self.measure('quantized', self.model)
         self.seconds = self.elapsed()
         self.runner.call_hook('after_quantize')
@@ -204,10 +206,15 @@ class PFCRLoop(Resumable, BaseLoop):
         """Everything that can fail for a mistake in config or data, before any work."""
         check_dataset(self.runner.cfg.test_dataloader.dataset, 'test_dataloader')
         self._arrange()
+        for (number, _), units in self.plan().items():
+            for unit in units:
+                loss = self.unit_config(number, unit).loss
+                check_shareable(parse_loss(loss)[0], loss)
         self.images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note)
-        self._count([tuple(inputs.shape[-2:]) for inputs, _ in self.images])
+        self._count(parallel.whole(parallel.Shard(
+            (tuple(inputs.shape[-2:]) for inputs, _ in self.images), self.images.numbers)))
         self.teacher = copy.deepcopy(self.model)
         self.teacher_chains, _ = part_chains(self.teacher)
 
@@ -321,7 +328,7 @@ class PFCRLoop(Resumable, BaseLoop):
         The first `done` units of the schedule are there already.
         """
         quantized, floating = self._streams(part)
-        if len(quantized) == 0:
+        if parallel.total(len(quantized)) == 0:
             self.note(f'{part}: no calibration image has a box for it; left as calibrated')
             return
         self._reconstructor = reconstructor = ChainReconstructor(
@@ -331,6 +338,7 @@ class PFCRLoop(Resumable, BaseLoop):
             reconstructor.follow(self._paths)
 
         def end_unit(record):
+            self._share_notes()
             self.position = [stage.number, part, self.units_done(stage, part) + 1]
             self._end_unit(record)
             self.stop.check()
@@ -376,6 +384,12 @@ class PFCRLoop(Resumable, BaseLoop):
             self.notes.append(text)
         self.runner.logger.warning(text)
 
+    def _share_notes(self):
+        """What other processes have to say reaches the one that writes."""
+        for text in [text for notes in parallel.gather(self.notes) for text in notes]:
+            if text not in self.notes:
+                self.note(text)
+
     def _faults(self):
         names = {module: name for name, module in self.model.named_modules()}
 
@@ -389,10 +403,15 @@ class PFCRLoop(Resumable, BaseLoop):
     def _search_scales(self, model, activations):
         options = self.calibration
         with observe(model, options['rows'], self.seed) as seen:
-            for inputs, samples in self.images[:options['search_images']]:
+            for number, (inputs, samples) in zip(self.images.numbers, self.images):
+                if number >= options['search_images']:
+                    break
+                seen.begin_image(number)
                 model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
         check_seen(seen)
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
+        parallel.copy_from_main([t for t in (*model.parameters(), *model.buffers())
+                             if t.is_floating_point()])  # to the bit, on any hardware
         for name in unreached if activations else ():
             self.note(f'{name}: no calibration data reached it; its input stays float')
 
@@ -420,7 +439,7 @@ class PFCRLoop(Resumable, BaseLoop):
         if self._boxes is None:
             self._boxes = roi.float_boxes(
                 self.teacher, self.images, self.rois['proposals'], self.rois['detections'],
-                torch.Generator().manual_seed(self.seed))
+                self.seed)
         return [roi.roi_stream(m, part, self.images, self._boxes[part], self.cache_dtype)
                 for m in models]
 
@@ -430,6 +449,7 @@ class PFCRLoop(Resumable, BaseLoop):
         self.runner.call_hook('after_unit', record=record)
 
     def _end_phase(self, name):
+        self._share_notes()
         self.finished.append(name)
         self.runner.call_hook('after_phase')
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import parallel
 from ..models.reparam import fold_alike
 from ..models.state import load_model_state, model_state
 from ..reconstruction import UnitRecord
@@ -47,8 +48,9 @@ class Resumable:
         self._done = None
         if not self.runner.wants_resume:
             return
-        self._state = self.checkpoints.newest(self.runner.logger.warning)
-        self._done = self.checkpoints.finished() if self._state is None else None
+        self._state = parallel.from_main(
+            lambda: self.checkpoints.newest(self.runner.logger.warning))
+        self._done = parallel.from_main(self.checkpoints.finished) if self._state is None else None
         earlier = self._done if self._state is None else self._state['identity']
         if earlier and self.runner.cfg.get('randomness', {}).get('seed') is None:
             self.runner._seed = int(earlier['seed'])  # MMEngine has drawn a new one
@@ -68,14 +70,15 @@ class Resumable:
             return True
         if self._done is not None:
             check_identity(self._done, self.identity, folder)
-            report = json.loads((Path(folder) / 'report.json').read_text())
+            report = parallel.from_main(
+                lambda: json.loads((Path(folder) / 'report.json').read_text()))
             self.metrics = {state: report[state] for state in ('float', 'calibrated', 'quantized')
                             if report.get(state)}
             logger.info(f'This run has finished already: see {folder}/report.md')
             return False
         if self.runner.wants_resume:
             logger.info(f'Nothing to resume in {folder}: starting from the beginning')
-        aside = self.checkpoints.set_aside()
+        aside = parallel.from_main(self.checkpoints.set_aside)
         if aside is not None:
             logger.warning(f'What an earlier run left in {folder} is kept in {aside}')
         return True
@@ -129,9 +132,9 @@ class Resumable:
         return self.position[2] if behind == 0 else 0
 
     def _identity(self):
-        images = 0
-        for inputs, _ in self.images:
-            images = zlib.crc32(inputs.contiguous().numpy(), images)
+        images = zlib.crc32(repr(parallel.whole(parallel.Shard(
+            (zlib.crc32(inputs.contiguous().numpy()) for inputs, _ in self.images),
+            self.images.numbers))).encode())
         weights = hashlib.sha256()
         for name, value in self.teacher.state_dict().items():
             weights.update(name.encode())
@@ -154,4 +157,5 @@ def _unpack(boxes):
 def environment():
     """What the last bits of a result depend on, beside the config."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=device)
+    return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=device,
+                processes=parallel.world_size())

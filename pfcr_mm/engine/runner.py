@@ -9,6 +9,7 @@ import torch
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
+from .. import parallel
 from ..errors import FaultError, UsageError
 from ..models.checkpoint import (
     check_float,
@@ -116,13 +117,24 @@ class QuantRunner(Runner):
         return checkpoint
 
     def setup_env(self, env_cfg):
-        """Stock set-up; masked attention gives denormal numbers, which slow a CPU down."""
+        """Stock set-up in a group of ours; masked attention gives denormal numbers, which
+        slow a CPU down."""
+        parallel.start(self._launcher, type(self).__name__)
         super().setup_env(env_cfg)
         torch.set_flush_denormal(True)
 
     def wrap_model(self, model_wrapper_cfg, model):
         """Move to the device; reconstruction needs no wrapper around the model."""
         return model.to(get_device())
+
+    def build_evaluator(self, evaluator):
+        """The stock evaluator; processes collect results through their group, where MMEngine's
+        default is files in the current folder, which machines may not share."""
+        evaluator = super().build_evaluator(evaluator)
+        if parallel.world_size() > 1:
+            for metric in evaluator.metrics:
+                metric.collect_device = 'gpu'  # MMEngine's word; gloo takes it on a CPU
+        return evaluator
 
     def get_hooks_info(self):
         """The hooks in one line; the stock table fills screens."""
@@ -134,4 +146,5 @@ class QuantRunner(Runner):
         self.logger.info(
             f'pfcr_mm {__version__}, mmdet {mmdet.__version__}, mmengine {mmengine.__version__}, '
             f'torch {torch.__version__}, Python {platform.python_version()}; '
-            f'{device}, {torch.get_num_threads()} threads, seed {self._seed}')
+            f'{device}, {torch.get_num_threads()} threads, {parallel.world_size()} processes, '
+            f'seed {self._seed}')

@@ -2,7 +2,13 @@
 import os
 import signal
 import threading
+import time
 from contextlib import contextmanager
+
+from .. import parallel
+
+# A launcher passes a signal on to processes that may have had it from the terminal.
+_ECHO = 2.0  # seconds
 
 
 class Stopped(KeyboardInterrupt):
@@ -21,11 +27,12 @@ class StopSignals:
     """Turns SIGINT and SIGTERM into `Stopped`, as a context manager.
 
     It is raised at once, but within `deferred` at the next `check`: an iteration is
-    finished, a file is written to its end. A second signal does not wait.
+    finished, a file is written to its end. A second signal does not wait. Of several
+    processes all stop at the same `check`, whichever got the signal.
     """
 
     def __init__(self):
-        self.signum = None
+        self.signum, self._came = None, 0.0  # the last signal and its time
         self._deferring = False
 
     def __enter__(self):
@@ -41,9 +48,10 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def check(self):
-        """Raise `Stopped` if a signal came."""
-        if self.signum is not None:
-            raise Stopped(self.signum)
+        """Raise `Stopped` if a signal came, here or in another process."""
+        signum = parallel.highest(self.signum or 0)
+        if signum:
+            raise Stopped(signum)
 
     @contextmanager
     def deferred(self):
@@ -59,6 +67,9 @@ class StopSignals:
     def _handle(self, signum, frame):
         if os.getpid() != self._owner:  # a data loading process has our handler, not our run
             return
-        again, self.signum = self.signum is not None, signum
+        now = time.monotonic()
+        if self.signum is not None and parallel.world_size() > 1 and now - self._came < _ECHO:
+            return
+        again, self.signum, self._came = self.signum is not None, signum, now
         if again or not self._deferring:
             raise Stopped(signum)

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from mmengine.hooks import Hook
 
+from ... import parallel
 from ...reconstruction import traversal_string
 from ...reconstruction.memory import stream_elements
 from ...registry import HOOKS
@@ -85,7 +86,10 @@ def plan_lines(loop):
             f' and {len(names) - 1} more' if len(names) > 1 else '') + f': {reason}')
     peak, part = max(((mb, part) for parts in cached.values() for part, mb in parts.items()),
                      default=(0, 'nothing'))
-    lines.append(f'  cached activations: about {peak + images_mb(loop):.0f} MB at most ({part})')
+    size = parallel.world_size()
+    each = f' in each of {size} processes' if size > 1 else ''
+    lines.append(f'  cached activations: about {(peak + images_mb(loop)) / size:.0f} MB at most'
+                 f'{each} ({part})')
     return lines
 
 

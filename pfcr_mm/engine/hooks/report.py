@@ -4,8 +4,10 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
+from ... import parallel
 from ...files import write_atomically
 from ...models.manifest import build_manifest
 from ...registry import HOOKS
@@ -23,6 +25,7 @@ class ReportHook(Hook):
 
     priority = 'LOW'
 
+    @master_only
     def after_quantize(self, runner):
         """Collect, write, print."""
         report = build_report(runner)
@@ -57,9 +60,10 @@ def build_report(runner):
         peak_memory_mb=max(  # a resumed run's earlier pieces are in its phases
             [peak_memory_mb(), *(phase['peak_memory_mb'] for phase in loop.phases.values())]),
         calibration=dict(
-            images=len(loop.images),
+            images=len(loop.image_sizes),
             split='own dataset' if loop.calibration['dataset'] else 'train'),
         seed=loop.seed,
+        processes=parallel.world_size(),
         config=fingerprint(runner.cfg),
         pos=loop.pos.mode,
         phases=loop.phases,

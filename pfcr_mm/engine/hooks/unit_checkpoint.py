@@ -1,6 +1,7 @@
 """A checkpoint of the run after each unit, so that no more than one unit is ever lost."""
 import time
 
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
 from ...registry import HOOKS
@@ -46,6 +47,7 @@ class UnitCheckpointHook(Hook):
         if self.open:
             self.save(runner)
 
+    @master_only
     def after_quantize(self, runner):
         """All results are written."""
         loop = runner.quantize_loop
@@ -54,6 +56,7 @@ class UnitCheckpointHook(Hook):
             f'Checkpoints took {loop.checkpoint_seconds:.1f} s of {loop.seconds:.1f} s '
             f'({100 * loop.checkpoint_seconds / max(loop.seconds, 1e-9):.1f}%)')
 
+    @master_only
     def save(self, runner):
         """Write a checkpoint, and count what it costs."""
         loop = runner.quantize_loop

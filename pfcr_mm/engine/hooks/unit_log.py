@@ -3,6 +3,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from mmengine.dist import master_only
 from mmengine.hooks import Hook
 
 from ...files import write_atomically
@@ -21,6 +22,7 @@ class UnitLogHook(Hook):
     def __init__(self, interval=10):
         self.interval = interval
 
+    @master_only
     def before_quantize(self, runner):
         """Start a new file; of a run that goes on, keep the lines of the units it has."""
         self.path = Path(runner.work_dir) / 'units.jsonl'
@@ -37,6 +39,7 @@ class UnitLogHook(Hook):
         if step % self.interval == 0:
             self.curve.append([step, loss.item()])
 
+    @master_only
     def after_unit(self, runner, record):
         """Write the line."""
         with self.path.open('a') as file:
