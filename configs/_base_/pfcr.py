@@ -32,4 +32,5 @@ quantize_hooks = [
     dict(type='pfcr_mm.ReportHook'),
     dict(type='pfcr_mm.UnitCheckpointHook', interval=0),
     dict(type='pfcr_mm.ScalarsHook'),
+    dict(type='pfcr_mm.DiagnosticsHook'),
 ]

@@ -103,7 +103,7 @@ def roi_stream(model, part, images, boxes, dtype=None):
         boxes (list[Tensor]): (n, 4) an image.
         dtype (torch.dtype | None): storage type.
     """
-    extractor = _extractor(model, part)
+    extractor = extractor_of(model, part)
     states = []
     for (inputs, _), image_boxes in zip(images, boxes):
         if len(image_boxes) == 0:
@@ -130,13 +130,13 @@ def sample_state(model, part, image, rois):
         return State(tuple(model.backbone(image)))
     if not part.startswith('roi_head.'):
         return State(tuple(model.extract_feat(image)))
-    extractor = _extractor(model, part)
+    extractor = extractor_of(model, part)
     count = rois['proposals' if '.bbox_head' in part else 'detections']
     return State((image.new_zeros(
         count, extractor.out_channels, *extractor.roi_layers[0].output_size), ))
 
 
-def _extractor(model, part):
+def extractor_of(model, part):
     """The RoI extractor of a head: 'roi_head.bbox_head.1' has 'bbox_roi_extractor.1'."""
     return model.get_submodule(re.sub(r'_head(\.\d+)?$', r'_roi_extractor\1', part))
 

@@ -17,7 +17,7 @@ from pfcr_mm.engine import ExpectedMetricsHook, ManifestGuardHook, PFCRLoop, Qua
 from pfcr_mm.errors import UsageError
 
 NAMES = ('ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'ScalarsHook',
-         'UnitLogHook')
+         'UnitLogHook', 'DiagnosticsHook')
 
 
 @pytest.mark.parametrize('name', NAMES)
