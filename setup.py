@@ -15,9 +15,12 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['pfcr_mm', 'pfcr_mm.*']),
     package_data={
-        'pfcr_mm': ['assets/*', '.mim/*.yml', '.mim/configs/**/*.py', '.mim/configs/**/*.yml'],
+        'pfcr_mm': ['assets/*', 'analysis/templates/*', '.mim/*.yml', '.mim/configs/**/*.py',
+                    '.mim/configs/**/*.yml'],
     },
     install_requires=[
+        'Jinja2',
+        'matplotlib',
         'torch>=2.6',
         'onedl-mmengine>=0.10.12',
         'onedl-mmcv>=2.3.6',

@@ -19,7 +19,8 @@ SCOPE = 'pfcr_mm'
 
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope=SCOPE, locations=['pfcr_mm.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope=SCOPE, locations=['pfcr_mm.engine'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['pfcr_mm.engine'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope=SCOPE, locations=['pfcr_mm.engine', 'pfcr_mm.analysis'])
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope=SCOPE, locations=['pfcr_mm.models'])
 DATASETS = Registry(
     'dataset', parent=MMENGINE_DATASETS, scope=SCOPE, locations=['pfcr_mm.datasets'])

@@ -31,4 +31,6 @@ quantize_hooks = [
     dict(type='pfcr_mm.ExpectedMetricsHook'),
     dict(type='pfcr_mm.ReportHook'),
     dict(type='pfcr_mm.UnitCheckpointHook', interval=0),
+    dict(type='pfcr_mm.ScalarsHook'),
+    dict(type='pfcr_mm.DiagnosticsHook'),
 ]

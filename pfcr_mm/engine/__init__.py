@@ -4,6 +4,7 @@ from .hooks import (
     ManifestGuardHook,
     ProgressHook,
     ReportHook,
+    ScalarsHook,
     UnitCheckpointHook,
     UnitLogHook,
 )
@@ -13,5 +14,5 @@ from .signals import Stopped
 
 __all__ = [
     'ExpectedMetricsHook', 'ManifestGuardHook', 'PFCRLoop', 'ProgressHook', 'QuantRunner',
-    'ReportHook', 'Stopped', 'UnitCheckpointHook', 'UnitLogHook'
+    'ReportHook', 'ScalarsHook', 'Stopped', 'UnitCheckpointHook', 'UnitLogHook'
 ]

@@ -43,6 +43,7 @@ from .data import (
     refuse_shared_images,
 )
 from .metrics import counted
+from .per_class import per_class
 from .phases import Phase, peak_memory_mb
 from .resumable import Resumable
 from .signals import StopSignals
@@ -57,8 +58,9 @@ _CALIBRATION = dict(
 class PFCRLoop(Resumable, BaseLoop):
     """Progressive Fine-to-Coarse Reconstruction of a detector, part by part.
 
-    Hooks are called at `before_quantize`, `after_calibrate`, `after_phase` (calibration
-    or an evaluation is done), `before_unit`, `unit_step`, `after_unit`, `on_stop` (a
+    Hooks are called at `before_quantize`, `calibrated_model` (a copy of the model as only
+    calibration makes it), `after_calibrate`, `after_phase` (calibration or an evaluation is
+    done), `before_unit`, `unit_step`, `after_unit`, `on_stop` (a
     signal came), `after_stage` (of POS), `after_quantize`.
 
     Args:
@@ -184,6 +186,7 @@ class PFCRLoop(Resumable, BaseLoop):
                 calibrated = copy.deepcopy(self.model)
                 self.enter_final_stage(calibrated)
                 self.measure('calibrated', calibrated)
+                self.runner.call_hook('calibrated_model', model=calibrated)
                 del calibrated
             self.runner.call_hook('after_calibrate')
             self._end_phase('calibrated')
@@ -364,7 +367,8 @@ class PFCRLoop(Resumable, BaseLoop):
                 self.runner._test_loop = loop
                 refuse_shared_images(self.images, loop.dataloader.dataset)
                 with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
-                    result = loop.run()
+                    with per_class() as classes:
+                        result = loop.run()
             except UsageError:
                 raise
             except Exception as error:
@@ -374,7 +378,7 @@ class PFCRLoop(Resumable, BaseLoop):
             finally:
                 self.runner.model = current
         self.metrics[state] = counted(result)
-        self.all_metrics[state] = result
+        self.all_metrics[state] = {**result, **classes}
 
     # --- helpers -------------------------------------------------------------
 

@@ -16,7 +16,9 @@ FORMAT = 'pfcr_mm.run/1'
 FOLDER = 'resume'
 FINISHED = 'finished.json'
 # What a run leaves in its work dir; a new run there moves it aside.
-RESULTS = ('quantized.pth', 'quantized.safetensors', 'report.json', 'report.md', 'units.jsonl')
+RESULTS = ('quantized.pth', 'quantized.safetensors', 'calibrated.pth', 'report.json', 'report.md',
+           'report.html', 'units.jsonl')
+FIGURES = 'report_figures'
 # How a run is done and watched, not what comes out.
 _NO_MATTER = re.compile(
     r'quantize_cfg\.on_nonfinite'
@@ -97,6 +99,8 @@ class RunCheckpoints:
         remove_partial(self.work_dir)
         there = [self.work_dir / name for name in RESULTS]
         there = [path for path in there if path.is_file() and path.stat().st_size]
+        if (self.work_dir / FIGURES).is_dir():
+            there.append(self.work_dir / FIGURES)
         if self.folder.is_dir() and any(self.folder.iterdir()):
             remove_partial(self.folder)
             there.append(self.folder)

@@ -34,9 +34,19 @@ def feature_stream(model, images, dtype=None):
                   parallel.numbers_of(images))
 
 
-@torch.no_grad()
 def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
-    """Boxes of the float model for every RoI head.
+    """Boxes of the float model for every RoI head: those of all processes' images.
+
+    Takes what `own_boxes` takes and gives what it gives, of all images.
+    """
+    boxes = own_boxes(teacher, images, proposals_per_image, detections_per_image, seed)
+    return {part: parallel.whole(parallel.Shard(found, parallel.numbers_of(images)))
+            for part, found in boxes.items()}
+
+
+@torch.no_grad()
+def own_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
+    """Boxes of the float model for every RoI head, of the images at hand.
 
     A box head of a cascade sees the proposals as the float stages before it refined
     them; all mask heads see the float detections.
@@ -50,8 +60,8 @@ def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed
 
     Returns:
         dict[str, list[Tensor]]: for each part, such as 'roi_head.bbox_head' or
-        'roi_head.mask_head.2', one entry an image (of all processes): boxes (n, 4) in pixels of the
-        network's input; n may be 0.
+        'roi_head.mask_head.2', one entry an image: boxes (n, 4) in pixels of the network's
+        input; n may be 0.
     """
     cascade = isinstance(teacher.roi_head, CascadeRoIHead)
     stages = range(teacher.roi_head.num_stages) if cascade else (None, )
@@ -69,8 +79,7 @@ def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed
         results = teacher.roi_head.predict(maps, found, samples, rescale=False)
         for part in mask_parts:
             boxes[part].append(results[0].bboxes[:detections_per_image].cpu())
-    return {part: parallel.whole(parallel.Shard(found, parallel.numbers_of(images)))
-            for part, found in boxes.items()}
+    return boxes
 
 
 def refined(roi_head, maps, boxes, meta):
@@ -110,7 +119,7 @@ def roi_stream(model, part, images, boxes, dtype=None):
         boxes (list[Tensor]): (n, 4) an image, by its number.
         dtype (torch.dtype | None): storage type.
     """
-    extractor = _extractor(model, part)
+    extractor = extractor_of(model, part)
     states, numbers = [], []
     for number, (inputs, _) in zip(parallel.numbers_of(images), images):
         image_boxes = boxes[number]
@@ -139,13 +148,13 @@ def sample_state(model, part, image, rois):
         return State(tuple(model.backbone(image)))
     if not part.startswith('roi_head.'):
         return State(tuple(model.extract_feat(image)))
-    extractor = _extractor(model, part)
+    extractor = extractor_of(model, part)
     count = rois['proposals' if '.bbox_head' in part else 'detections']
     return State((image.new_zeros(
         count, extractor.out_channels, *extractor.roi_layers[0].output_size), ))
 
 
-def _extractor(model, part):
+def extractor_of(model, part):
     """The RoI extractor of a head: 'roi_head.bbox_head.1' has 'bbox_roi_extractor.1'."""
     return model.get_submodule(re.sub(r'_head(\.\d+)?$', r'_roi_extractor\1', part))
 

@@ -84,7 +84,7 @@ def test_wheel_holds_configs_index_and_assets(wheel):
     expected |= {f'pfcr_mm/assets/{p.name}' for p in (REPO / 'pfcr_mm' / 'assets').glob('*')}
     expected |= {f'pfcr_mm/{p.relative_to(REPO / "pfcr_mm")}'
                  for p in (REPO / 'pfcr_mm').rglob('*.py') if '.mim' not in p.parts}
-    expected.add('pfcr_mm/.mim/model-index.yml')
+    expected |= {'pfcr_mm/.mim/model-index.yml', 'pfcr_mm/analysis/templates/report.html.j2'}
     assert expected <= names, expected - names
 
 

@@ -16,7 +16,8 @@ from pfcr_mm.cli import quant_main
 from pfcr_mm.engine import ExpectedMetricsHook, ManifestGuardHook, PFCRLoop, QuantRunner
 from pfcr_mm.errors import UsageError
 
-NAMES = ('ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'UnitLogHook')
+NAMES = ('ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'ScalarsHook',
+         'UnitLogHook', 'DiagnosticsHook')
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -94,6 +95,44 @@ def test_stock_runner_measures_the_same(demo_run, tmp_path):
 def test_guard_says_nothing_of_a_float_pair():
     runner = SimpleNamespace(model=object())
     ManifestGuardHook().after_load_checkpoint(runner, dict(state_dict={}, meta=None))
+
+
+# --- ScalarsHook -----------------------------------------------------------
+
+def test_scalars_reach_the_visualizer(tiny_run):
+    """MMEngine's own backend has written the losses that the report has."""
+    path, = tiny_run.folder.glob('*/vis_data/scalars.json')
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    units = tiny_run.report['units']
+
+    def told(name):
+        return [(line['step'], line[name]) for line in lines if name in line]
+
+    assert told('unit/loss_after') == [
+        (i, pytest.approx(u['loss_after'])) for i, u in enumerate(units, 1)]
+    assert [v for _, v in told('unit/accepted')] == [int(u['accepted']) for u in units]
+    steps = [step for step, _ in told('quantize/loss')]
+    assert steps == list(range(len(units)))  # one iteration a unit
+    for state in ('float', 'calibrated', 'quantized'):
+        assert told(f'{state}/bbox_mAP')[0][1] == pytest.approx(
+            tiny_run.report[state]['bbox_mAP'])
+
+
+def test_scalars_go_on_where_a_run_was():
+    told = []
+    loop = SimpleNamespace(
+        records=[SimpleNamespace(iters=30), SimpleNamespace(iters=12)],
+        metrics=dict(float=dict(bbox_mAP=0.5)))
+    runner = SimpleNamespace(quantize_loop=loop, visualizer=SimpleNamespace(
+        add_scalar=lambda *args: told.append(args)))
+    hook = HOOKS.build(dict(type='pfcr_mm.ScalarsHook', interval=5))
+    hook.before_quantize(runner)
+    for step in range(7):
+        hook.unit_step(runner, step, SimpleNamespace(item=lambda: 0.25))
+    loop.metrics['quantized'] = dict(bbox_mAP=0.4)
+    hook.after_quantize(runner)
+    assert told == [('quantize/loss', 0.25, 42), ('quantize/loss', 0.25, 47),
+                    ('quantized/bbox_mAP', 0.4, 42)]
 
 
 # --- ExpectedMetricsHook ----------------------------------------------------

@@ -112,7 +112,7 @@ def quick(tmp_path_factory, tiny_run):
                'quantize_cfg.pos.stage1_levels=[block]', 'quantize_cfg.head_levels=[chain]',
                'quantize_cfg.reconstruction.iters=2', 'quantize_cfg.calibration.method=minmax',
                'quantize_cfg.calibration.images=8', 'quantize_cfg.calibration.held_out=2',
-               'quantize_cfg.calibration.search_images=2']
+               'quantize_cfg.calibration.search_images=2', 'quantize_hooks.6.enabled=False']
     config = folder / W4A4.name
     config.write_text(f"_base_ = '{W4A4}'\n"
                       "quantize_hooks = [*_base_.quantize_hooks, dict(type='pfcr_mm.DieHook')]\n")

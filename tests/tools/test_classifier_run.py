@@ -59,6 +59,17 @@ def test_report(run):
     assert 'accuracy in percent' in lines[2]
 
 
+def test_the_page_leaves_out_what_a_classifier_has_not(run):
+    folder, *_ = run
+    text = (folder / 'report.html').read_text()
+    assert 'A classifier has no boxes or masks to draw' in text and 'top-1' in text
+    assert 'both models name the same class' in text and 'box AP' not in text
+    found = json.loads((folder / 'report.json').read_text())['diagnostics']
+    assert found['agreement']['images'] == found['compared_images'] > 0
+    assert not list((folder / 'report_figures').glob('detections*'))
+    assert found['propagation'][-1]['name'] == 'head' and found['attention']
+
+
 def test_the_checkpoint_tests_the_same(run, tmp_path, capsys):
     folder, _, given, _ = run
     assert check_main(demo_runs.arguments(W4A4, folder / 'quantized.pth', tmp_path, given)) == 0

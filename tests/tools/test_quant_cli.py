@@ -131,7 +131,15 @@ def test_checkpoint_holds_integers_and_no_float_weight(tiny_run):
 # --- again ------------------------------------------------------------------
 
 def test_same_seed_gives_the_same_integers(tiny_run, tmp_path, capsys):
-    assert quant_main(arguments(W4A4, tiny_run.checkpoint, tmp_path, tiny_run.options)) == 0
+    """Also without what only watches the run: diagnostics and scalars change no byte."""
+    plain = tmp_path / 'plain.py'
+    hooks = [dict(hook) for hook in tiny_run.config().quantize_hooks
+             if hook.type not in ('pfcr_mm.DiagnosticsHook', 'pfcr_mm.ScalarsHook')]
+    assert len(hooks) == len(tiny_run.config().quantize_hooks) - 2
+    plain.write_text(f'_base_ = [{str(W4A4)!r}]\nquantize_hooks = {hooks!r}\n')
+    assert quant_main(arguments(plain, tiny_run.checkpoint, tmp_path, tiny_run.options)) == 0
+    assert not (tmp_path / 'report.html').exists()
+    assert (tmp_path / 'quantized.pth').read_bytes() == tiny_run.quantized.read_bytes()
     rows = printed_table(capsys.readouterr().out)
     assert [row[0] for row in rows] == ['', 'float', 'W4A4 calibrated only', 'W4A4 PFCR']
     first, second = codes(tiny_run.quantized), codes(tmp_path / 'quantized.pth')

@@ -3,10 +3,11 @@ from .expected import ExpectedMetricsHook
 from .guard import ManifestGuardHook
 from .progress import ProgressHook
 from .report import ReportHook
+from .scalars import ScalarsHook
 from .unit_checkpoint import UnitCheckpointHook
 from .unit_log import UnitLogHook
 
 __all__ = [
-    'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook',
+    'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'ScalarsHook',
     'UnitCheckpointHook', 'UnitLogHook'
 ]

@@ -14,6 +14,7 @@ from ...registry import HOOKS
 from ..fingerprint import fingerprint
 from ..loops import CHECKPOINT
 from ..metrics import titles
+from ..per_class import split_classes
 from ..phases import peak_memory_mb
 
 _STATES = (('float', 'float'), ('calibrated', 'calibrated only'), ('quantized', 'PFCR'))
@@ -50,6 +51,7 @@ def build_report(runner):
     loop = runner.quantize_loop
     model, quant = runner.model, runner.model.quant_config
     layers = build_manifest(model)['layers']
+    metrics = {state: split_classes(found) for state, found in loop.all_metrics.items()}
     return dict(
         model=type(model).__name__,
         bits=dict(weight=quant.weight_bits, activation=quant.activation_bits),
@@ -69,7 +71,8 @@ def build_report(runner):
         phases=loop.phases,
         notes=loop.notes,
         parts_without_chain=loop.without_chain,
-        metrics=loop.all_metrics,
+        metrics={state: plain for state, (plain, _) in metrics.items()},
+        classes={state: classes for state, (_, classes) in metrics.items() if classes},
         units=[asdict(record) for record in loop.records],
         layers=layers)
 

@@ -1,0 +1,4 @@
+"""What quantization did: diagnostics, the report, checks."""
+from .hook import DiagnosticsHook
+
+__all__ = ['DiagnosticsHook']

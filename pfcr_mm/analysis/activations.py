@@ -1,0 +1,117 @@
+"""Activations: ranges, distributions and clipping, by role and layer."""
+import math
+
+import torch
+
+from ..models.reparam import post_norm_pairs
+from ..quantizers import Log2Quantizer
+from .noise import plain_db, sqnr_db
+from .taps import grid
+
+# Names of the second linear of an MLP, whose input comes from the GELU: mmdet, timm.
+_AFTER_GELU = ('ffn.layers.1', 'mlp.fc2')
+ROLES = {'post-LN': 'after LayerNorm', 'post-GELU': 'after GELU', 'q': 'q', 'k': 'k',
+         'v': 'v', 'softmax': 'after softmax', 'other': 'input of other layers'}
+TAILS = (0.001, 0.999)
+
+
+def roles(model):
+    """What each activation quantizer quantizes: a key of `ROLES` by quantizer name."""
+    names = {id(module): name for name, module in model.named_modules()}
+    after_norm = {names[id(layer)] for _, layer, _ in post_norm_pairs(model)}
+    operands = {'matmul_qk.left': 'q', 'matmul_qk.right': 'k', 'matmul_av.left': 'softmax',
+                'matmul_av.right': 'v'}
+    found = {}
+    for name in names.values():
+        if not name.endswith('_quantizer') or name.endswith('weight_quantizer'):
+            continue
+        owner = name.removesuffix('.input_quantizer')
+        operand = next((role for end, role in operands.items()
+                        if name.endswith(f'{end}_quantizer')), None)
+        if operand:
+            found[name] = operand
+        elif owner in after_norm:
+            found[name] = 'post-LN'
+        else:
+            found[name] = 'post-GELU' if owner.endswith(_AFTER_GELU) else 'other'
+    return found
+
+
+@torch.no_grad()
+def activations(model, floating_taps, taps):
+    """Range, clipping and noise of every activation quantizer that data has reached.
+
+    Args:
+        model (nn.Module): quantized.
+        floating_taps, taps (Taps): of the float twin and of the quantized model, filled.
+
+    Returns:
+        list[dict]: name, role, kind, bits, scales (how many), scale_min, scale_max,
+        grid_low, grid_high (the widest of all groups), float_low, float_high, low, high
+        (0.1% and 99.9% of the values), clipped (share of values beyond the grid), sqnr_db
+        (of quantizing what arrives), worst_group.
+    """
+    found = []
+    by_name = dict(model.named_modules())
+    for name, role in roles(model).items():
+        quantizer, values = by_name[name], taps.seen[name].values()
+        reference = floating_taps.seen[name].values()
+        if values is None or reference is None or not quantizer.enabled:
+            continue
+        entry = dict(name=name, role=role, kind=quantizer.spec.kind, bits=quantizer.bits,
+                     scales=quantizer.scale.numel(), scale_min=quantizer.scale.min().item(),
+                     scale_max=quantizer.scale.max().item())
+        for key, sample in (('float_', reference), ('', values)):
+            entry[f'{key}low'], entry[f'{key}high'] = tails(sample)
+        entry.update(_against_grid(quantizer, values))
+        found.append(entry)
+    return found
+
+
+def tails(values):
+    """0.1% and 99.9% quantiles of a sample, as floats."""
+    finite = values[torch.isfinite(values)]
+    if finite.numel() == 0:
+        return math.nan, math.nan
+    low, high = torch.quantile(finite.flatten(), torch.tensor(TAILS))
+    return low.item(), high.item()
+
+
+def _against_grid(quantizer, values):
+    """What quantization does to values (n, groups)."""
+    levels = grid(quantizer)
+    if levels is None:
+        return dict(grid_low=None, grid_high=None, clipped=None, sqnr_db=None, worst_group=0)
+    quantized = nearest(values, levels)
+    signal = values.double().square().sum(0)
+    noise = (quantized - values).double().square().sum(0)
+    by_group = [sqnr_db(s, n) for s, n in zip(signal.tolist(), noise.tolist())]
+    return dict(
+        grid_low=levels.min().item(), grid_high=levels.max().item(),
+        clipped=clipped_share(values, levels, isinstance(quantizer, Log2Quantizer)),
+        sqnr_db=plain_db(sqnr_db(signal.sum().item(), noise.sum().item())),
+        worst_group=min(range(len(by_group)), key=by_group.__getitem__))
+
+
+def nearest(values, levels):
+    """Each of the values (n, groups) on the nearest level of its group (groups, levels)."""
+    columns = []
+    for value, level in zip(values.t(), levels):
+        middles = (level[1:] + level[:-1]) / 2
+        columns.append(level[torch.bucketize(value.contiguous(), middles)])
+    return torch.stack(columns, 1)
+
+
+def clipped_share(values, levels, logarithmic=False):
+    """Share of values more than half a step beyond the ends of the grid.
+
+    A logarithmic grid has zero or its smallest power for small values: only its upper end
+    clips.
+    """
+    if logarithmic:
+        above = values > levels[:, -1] * (levels[:, -1] / levels[:, -2]).sqrt()
+    else:
+        above = values > levels[:, -1] + (levels[:, -1] - levels[:, -2]) / 2
+    below = torch.zeros_like(above) if logarithmic else (
+        values < levels[:, 0] - (levels[:, 1] - levels[:, 0]) / 2)
+    return (above | below).double().mean().item()

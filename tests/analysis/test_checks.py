@@ -1,0 +1,164 @@
+"""Checks that speak: each on figures made up by hand, and on models broken on purpose."""
+import copy
+
+import pytest
+import torch
+
+from pfcr_mm.analysis.checks import CHECKS, SHOWN, run_checks
+from pfcr_mm.analysis.diagnose import compare_models
+from pfcr_mm.engine.hooks.report import finite
+
+BLOCK = 'backbone.stages.1.blocks.0'
+
+
+def unit(accepted, level='leaf', chain='backbone'):
+    return dict(name='u', chain=chain, level=level, pos_stage=2, accepted=accepted)
+
+
+def points(*values):
+    return [dict(part='backbone', name=f'stages.{i}', kind='leaf', block=i, letter='A',
+                 calibrated=None, quantized=v) for i, v in enumerate(values)]
+
+
+def activation(**change):
+    return dict(dict(name='b.fc1.input_quantizer', role='post-LN', float_low=-2.0, float_high=2.0,
+                     low=-2.1, high=2.0, clipped=0.001, sqnr_db=20.0), **change)
+
+
+def layer(name, db):
+    return dict(name=name, sqnr_db=db, weight_bits=4, activation_bits=4)
+
+
+def head(before, after):
+    return dict(name='attn', head=1, float_entropy=before, entropy=after, dead=0.0)
+
+
+def classes(before, after):
+    return dict(float=dict(bbox=dict(disc=before)), quantized=dict(bbox=dict(disc=after)))
+
+
+@pytest.mark.parametrize('name, good, bad, word', [
+    ('early-layers-low-sqnr', dict(propagation=points(20, 18, 9, 9)),
+     dict(propagation=points(20, 7, 9, 9)), 'backbone.stages.1'),
+    ('attention-entropy-collapsed', dict(attention=[head(0.8, 0.7)]),
+     dict(attention=[head(0.8, 0.1)]), 'attn head 1'),
+    ('attention-entropy-collapsed', dict(attention=[head(0.99, 1.0)]),
+     dict(attention=[head(0.5, 0.99)]), '0.50 to 0.99'),
+    ('activation-range-shifted', dict(activations=[activation()]),
+     dict(activations=[activation(low=-9.0)]), 'b.fc1'),
+    ('activation-range-shifted', dict(activations=[activation(role='q', low=-9.0)]),
+     dict(activations=[activation(low=0.0, high=0.0)]), 'b.fc1'),
+    ('activations-clipped', dict(activations=[activation(clipped=0.04)]),
+     dict(activations=[activation(clipped=0.2)]), '20%'),
+    ('layer-far-below-its-kind', dict(layers=[layer(f's.{i}.fc', 15.0 + i) for i in range(4)]),
+     dict(layers=[*(layer(f's.{i}.fc', 15.0) for i in range(3)), layer('s.9.fc', 2.0)]), 's.9.fc'),
+    ('error-grows', dict(propagation=points(30, 20, 19, 15)),
+     dict(propagation=points(30, 20, 19, 5)), 'backbone.stages.3'),
+    ('error-grows', dict(propagation=points(20, 17, 14, 11, 9, 7)),
+     dict(propagation=points(20, 17, 14, 11, 8, 5)), 'in 5 of 5 steps'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_signals(name, good, bad, word):
+    assert [c for c in run_checks(dict(diagnostics=good)) if c['name'] == name] == []
+    said = [c for c in run_checks(dict(diagnostics=bad)) if c['name'] == name]
+    assert len(said) == 1 and word in said[0]['found']
+    assert 'quantize_cfg.' in said[0]['advice'] or 'model.quant.' in said[0]['advice']
+
+
+@pytest.mark.parametrize('name, good, bad, word', [
+    ('units-all-restored', dict(units=[unit(True), unit(False), unit(False, 'stage')]),
+     dict(units=[unit(False), unit(False), unit(True, 'stage')]), "2 of level 'leaf' in backbone"),
+    ('units-all-restored', dict(units=[]), dict(units=[unit(False, chain='neck')]),
+     'all 1 of neck'),
+    ('class-lost-most-of-its-ap', dict(classes=classes(0.5, 0.4)),
+     dict(classes=classes(0.5, 0.2)), "class 'disc' lost 60% of its box AP: 50.0 to 20.0"),
+    ('class-lost-most-of-its-ap', dict(classes=classes(0.01, 0.0)),
+     dict(classes=classes(0.06, 0.0)), 'disc'),
+    ('class-lost-most-of-its-ap', dict(classes=classes(None, 0.2)),
+     dict(classes=classes(0.9, 0.0)), 'disc'),
+    ('few-calibration-images', dict(calibration=dict(images=32)),
+     dict(calibration=dict(images=31)), 'only 31 images'),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_records(name, good, bad, word):
+    assert run_checks(dict(good, diagnostics={})) == []
+    said = run_checks(dict(bad, diagnostics={}))
+    assert [c['name'] for c in said] == [name] and word in said[0]['found']
+    assert 'quantize_cfg' in said[0]['advice']
+
+
+def test_without_any_record_nothing_is_said():
+    assert run_checks(dict(diagnostics=dict(images=[]))) == []
+
+
+def test_many_places_are_counted():
+    many = [activation(clipped=0.2)] * (SHOWN + 4)
+    said = run_checks(dict(diagnostics=dict(activations=many)))
+    assert len(said) == SHOWN and said[-1]['found'].endswith('(and 4 more such places)')
+
+
+def test_every_check_says_what_it_is_for():
+    assert all(function.__doc__ for function in CHECKS.values()) and len(CHECKS) >= 8
+
+
+# --- models broken on purpose -------------------------------------------------
+
+def said_of(model, twin, images):
+    """(name, found) of all checks."""
+    found, _ = compare_models(images, model, twin)
+    return {(c['name'], c['found']) for c in run_checks(finite(dict(diagnostics=found)))}
+
+
+def names(said, place):
+    return {name for name, found in said if place in found}
+
+
+@pytest.fixture()
+def before(quantized, twin, images):
+    """What is said of the whole model."""
+    return said_of(quantized, twin, images)
+
+
+def test_one_heads_scale_times_100(quantized, twin, images, before):
+    broken = copy.deepcopy(quantized)
+    matmul = broken.get_submodule(f'{BLOCK}.attn.w_msa.matmul_qk')
+    scale = matmul.left_quantizer.scale.clone()
+    scale[1] *= 100
+    matmul.left_quantizer.set_scale(scale, matmul.left_quantizer.zero_point.clone())
+    said = said_of(broken, twin, images) - before
+    assert 'layer-far-below-its-kind' in names(said, f'{BLOCK}.attn.w_msa.matmul_qk')
+
+
+def test_one_norm_zeroed(quantized, twin, images, before):
+    broken = copy.deepcopy(quantized)
+    norm = broken.get_submodule(f'{BLOCK}.norm2')
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.zero_()
+    said = said_of(broken, twin, images) - before
+    assert 'activation-range-shifted' in names(said, f'{BLOCK}.ffn.layers.0.0')
+
+
+def test_one_layer_at_2_bits(build_quantized, images):
+    from tiny_models import calibrated
+
+    from pfcr_mm.modules import set_quantization
+    name = f'{BLOCK}.ffn.layers.1'
+    said = {}
+    for bits in (6, 2):
+        override = dict(pattern=name, weight_bits=bits, activation_bits=bits)
+        model = calibrated(build_quantized(weight_bits=6, activation_bits=6,
+                                           overrides=[override]), images)
+        twin = copy.deepcopy(model)
+        set_quantization(twin, False, False)
+        said[bits] = names(said_of(model, twin, images), name)
+    assert said[6] == set() and said[2] == {'layer-far-below-its-kind'}
+
+
+def test_a_head_that_looks_at_one_key(quantized, twin, images, before):
+    """Its softmax scale times 100: every weight is a small share of it and becomes zero."""
+    broken = copy.deepcopy(quantized)
+    quantizer = broken.get_submodule(f'{BLOCK}.attn.w_msa.matmul_av.left_quantizer')
+    scale = quantizer.scale.clone()
+    scale[0] *= 1e6
+    quantizer.set_scale(scale)
+    said = said_of(broken, twin, images) - before
+    assert 'attention-entropy-collapsed' in names(said, f'{BLOCK}.attn.w_msa head 0')

@@ -1,0 +1,69 @@
+"""What taps measure, against values computed by hand; and that they leave nothing behind."""
+import pytest
+import torch
+
+from pfcr_mm.analysis.activations import clipped_share, nearest, tails
+from pfcr_mm.analysis.taps import Taps, entropy, grid
+from pfcr_mm.modules import quantizers_of
+from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
+
+
+def test_entropy_of_rows():
+    rows = torch.tensor([[0.25, 0.25, 0.25, 0.25], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0],
+                         [0.0, 0.0, 0.0, 0.0]])
+    assert entropy(rows).tolist() == pytest.approx([1.0, 0.0, 0.5, 0.0])  # log 2 / log 4
+    assert entropy(3 * rows).tolist() == pytest.approx([1.0, 0.0, 0.5, 0.0])
+
+
+def test_grid_of_each_kind():
+    uniform = build_quantizer(QuantizerSpec(bits=2), 2, 1)
+    assert grid(uniform) is None  # no scales yet
+    uniform.set_scale(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0]))
+    assert torch.allclose(grid(uniform), torch.tensor([[-1.0, 0, 1, 2], [0, 0.5, 1, 1.5]]))
+    log = build_quantizer(QuantizerSpec(kind='log2', bits=2))
+    log.set_scale(torch.tensor([0.8]))
+    assert torch.allclose(grid(log), torch.tensor([[0.0, 0.2, 0.4, 0.8]]))
+
+
+def test_grid_is_what_the_quantizer_gives():
+    x = torch.linspace(-2, 3, 400).view(-1, 1)
+    quantizer = build_quantizer(QuantizerSpec(bits=3))
+    quantizer.set_scale(torch.tensor([0.37]), torch.tensor([3.0]))
+    quantizer.enabled = True
+    assert torch.allclose(quantizer(x), nearest(x, grid(quantizer)))
+
+
+def test_clipped_share():
+    levels = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    values = torch.tensor([[-1.0], [-0.4], [0.0], [3.4], [3.6]])
+    assert clipped_share(values, levels) == pytest.approx(0.4)  # -1 and 3.6
+    logarithmic = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
+    assert clipped_share(torch.tensor([[0.0], [1.0], [1.3], [1.5]]), logarithmic, True) == 0.25
+
+
+def test_tails_leave_out_what_is_no_number():
+    low, high = tails(torch.tensor([[float('nan')], [1.0], [2.0], [float('inf')]]))
+    assert (low, high) == pytest.approx((1.001, 1.999))
+
+
+def test_taps_see_and_leave(quantized, images):
+    hooks = [len(q._forward_hooks) for _, q in quantizers_of(quantized)]
+    inputs, samples = images[1]
+    with pytest.raises(KeyError):
+        with Taps(quantized) as taps:
+            quantized.predict(inputs, samples, rescale=False)
+            raise KeyError
+    assert [len(q._forward_hooks) for _, q in quantizers_of(quantized)] == hooks
+    values = taps.seen['backbone.stages.0.blocks.0.ffn.layers.1.input_quantizer'].values()
+    assert values.shape[1] == 1 and len(values) > 100 and values.min() < 0  # GELU
+    softmax = taps.seen['backbone.stages.0.blocks.0.attn.w_msa.matmul_av.left_quantizer'].values()
+    assert softmax.shape[1] == 2 and 0 <= softmax.min() and softmax.max() <= 1
+    attention = taps.attention['backbone.stages.0.blocks.0.attn.w_msa']
+    assert attention.rows > 0 and (attention.entropy / attention.rows <= 1).all()
+
+
+def test_entropy_of_a_padded_map_counts_image_rows_alone(quantized, images):
+    inputs, samples = images[0]  # 16x16 tokens in windows of 7: 9 windows, 441 places
+    with Taps(quantized) as taps:
+        quantized.predict(inputs, samples, rescale=False)
+    assert taps.attention['backbone.stages.0.blocks.0.attn.w_msa'].rows == 256
