@@ -136,6 +136,13 @@ class QuantRunner(Runner):
                 metric.collect_device = 'gpu'  # MMEngine's word; gloo takes it on a CPU
         return evaluator
 
+    def build_visualizer(self, visualizer=None):
+        """The stock one, by a name of its own: MMEngine keeps visualizers by name, and a second
+        run in a process would write into the first one's folder."""
+        if isinstance(visualizer, dict):
+            visualizer = dict(visualizer, name=self.log_dir)
+        return super().build_visualizer(visualizer)
+
     def get_hooks_info(self):
         """The hooks in one line; the stock table fills screens."""
         return 'Hooks: ' + ', '.join(type(hook).__name__ for hook in self._hooks)
