@@ -35,10 +35,10 @@ def test_grid_is_what_the_quantizer_gives():
 
 def test_clipped_share():
     levels = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
-    values = torch.tensor([[-1.0], [-0.4], [0.0], [3.4], [3.6]])
-    assert clipped_share(values, levels) == pytest.approx(0.4)  # -1 and 3.6
+    values = torch.tensor([[-1.1], [-0.9], [0.0], [3.9], [4.1]])
+    assert clipped_share(values, levels) == pytest.approx(0.4)  # -1.1 and 4.1
     logarithmic = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
-    assert clipped_share(torch.tensor([[0.0], [1.0], [1.3], [1.5]]), logarithmic, True) == 0.25
+    assert clipped_share(torch.tensor([[0.0], [1.0], [1.9], [2.1]]), logarithmic, True) == 0.25
 
 
 def test_tails_leave_out_what_is_no_number():
