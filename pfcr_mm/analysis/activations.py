@@ -82,7 +82,10 @@ def _against_grid(quantizer, values):
     levels = grid(quantizer)
     if levels is None:
         return dict(grid_low=None, grid_high=None, clipped=None, sqnr_db=None, worst_group=0)
-    quantized = nearest(values, levels)
+    # as the quantizer rounds: a logarithmic one does so between logarithms
+    axis = -1 if quantizer.axis is None else quantizer.axis
+    x = values.to(quantizer.scale.device).movedim(-1, axis)
+    quantized = quantizer.fake_quantize(x).movedim(axis, -1).cpu()
     signal = values.double().square().sum(0)
     noise = (quantized - values).double().square().sum(0)
     by_group = [sqnr_db(s, n) for s, n in zip(signal.tolist(), noise.tolist())]
@@ -91,15 +94,6 @@ def _against_grid(quantizer, values):
         clipped=clipped_share(values, levels, isinstance(quantizer, Log2Quantizer)),
         sqnr_db=plain_db(sqnr_db(signal.sum().item(), noise.sum().item())),
         worst_group=min(range(len(by_group)), key=by_group.__getitem__))
-
-
-def nearest(values, levels):
-    """Each of the values (n, groups) on the nearest level of its group (groups, levels)."""
-    columns = []
-    for value, level in zip(values.t(), levels):
-        middles = (level[1:] + level[:-1]) / 2
-        columns.append(level[torch.bucketize(value.contiguous(), middles)])
-    return torch.stack(columns, 1)
 
 
 def clipped_share(values, levels, logarithmic=False):

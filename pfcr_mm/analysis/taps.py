@@ -6,7 +6,7 @@ import torch
 
 from ..modules import QuantLayer, QuantMatmul, quantizers_of
 from ..quantizers import Log2Quantizer
-from ..quantizers.functional import log_decode
+from ..quantizers.functional import log_decode, uniform_decode
 from .noise import Noise
 
 VALUES = 4096  # values that a quantizer keeps of one call
@@ -172,7 +172,8 @@ def grid(quantizer):
     elif hasattr(quantizer, 'code_range'):
         low, high = quantizer.code_range
         codes = torch.arange(low, high + 1.0)
-        levels = (codes - quantizer.zero_point[:, None].cpu()) * quantizer.scale[:, None].cpu()
+        levels = uniform_decode(
+            codes, quantizer.scale[:, None].cpu(), quantizer.zero_point[:, None].cpu())
     else:
         return None
     return levels.float()

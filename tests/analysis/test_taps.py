@@ -1,8 +1,10 @@
 """What taps measure, against values computed by hand; and that they leave nothing behind."""
+import math
+
 import pytest
 import torch
 
-from pfcr_mm.analysis.activations import clipped_share, nearest, tails
+from pfcr_mm.analysis.activations import _against_grid, clipped_share, tails
 from pfcr_mm.analysis.taps import Taps, entropy, grid
 from pfcr_mm.modules import quantizers_of
 from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
@@ -31,6 +33,26 @@ def test_grid_is_what_the_quantizer_gives():
     quantizer.set_scale(torch.tensor([0.37]), torch.tensor([3.0]))
     quantizer.enabled = True
     assert torch.allclose(quantizer(x), nearest(x, grid(quantizer)))
+
+
+def nearest(values, levels):
+    """Each of the values (n, groups) on the nearest level of its group (groups, levels)."""
+    distance = (values[..., None] - levels).abs()
+    return levels.expand_as(distance).gather(-1, distance.argmin(-1, keepdim=True))[..., 0]
+
+
+def test_noise_is_that_of_the_quantizer():
+    """log2 rounds 0.72 to 1, though 0.5 is nearer: error 0.28, not 0.22."""
+    log = build_quantizer(QuantizerSpec(kind='log2', bits=3))
+    log.set_scale(torch.tensor([1.0]))
+    facts = _against_grid(log, torch.tensor([[0.72]]))
+    assert facts['sqnr_db'] == pytest.approx(20 * math.log10(0.72 / 0.28))
+    heads = build_quantizer(QuantizerSpec(bits=2, granularity='head'), 2, 1)
+    heads.set_scale(torch.tensor([1.0, 0.5]), torch.tensor([1.0, 0.0]))
+    facts = _against_grid(heads, torch.tensor([[0.9, 0.6], [-1.3, 0.5]]))  # 1, 0.5; -1, 0.5
+    signal, noise = 0.81 + 0.36 + 1.69 + 0.25, 0.01 + 0.01 + 0.09
+    assert facts['sqnr_db'] == pytest.approx(10 * math.log10(signal / noise), rel=1e-5)
+    assert facts['worst_group'] == 0
 
 
 def test_clipped_share():
