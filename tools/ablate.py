@@ -211,7 +211,7 @@ def collect(args, cells):
         new = row(stem, described(quant_config(arguments), cell), report)
         same = ('config', *AXES, 'seed')
         rows = [r for r in rows if any(str(r[k]) != str(new[k]) for k in same)] + [new]
-        write_csv(rows, out)
+        write_csv(rows, out, dict.fromkeys(key for r in rows for key in r))
     return failed
 
 

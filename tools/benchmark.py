@@ -28,6 +28,8 @@ from pfcr_mm.files import write_atomically
 QUANT = Path(__file__).with_name('quant.py')
 STATES = ('float', 'calibrated', 'quantized')
 METRICS = ('bbox_mAP', 'segm_mAP')
+COLUMNS = ('config', 'weight_bits', 'activation_bits', 'seed', 'iterations',
+           *(f'{state}_{metric}' for state in STATES for metric in METRICS), 'seconds')
 
 
 def main(argv=None):
@@ -55,7 +57,7 @@ def main(argv=None):
         if report is None:
             continue
         rows.append(row(Path(config).stem, report))
-        write_csv(kept + rows, out)
+        write_csv(kept + rows, out, COLUMNS)
     print('\n'.join(table(rows)))
     if failed:
         print(f'benchmark: {failed} of {len(runs)} runs failed', file=sys.stderr)
@@ -147,10 +149,9 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def write_csv(rows, path):
-    """Write all rows, with every column that any has; the file is whole at any moment."""
+def write_csv(rows, path, columns):
+    """Write all rows; the file is whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for r in rows for key in r))
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator='\n')
     writer.writeheader()
