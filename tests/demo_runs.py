@@ -3,6 +3,7 @@
 Each run is made once a session and shared by the tests of tools/ and engine/.
 """
 import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -40,6 +41,14 @@ QUICK = ('quantize_cfg.levels=[leaf]', 'quantize_cfg.head_levels=[leaf]',
          'quantize_cfg.pos.mode=off', 'quantize_cfg.evaluate.float=False',
          'quantize_cfg.evaluate.calibrated=False', 'quantize_hooks.6.enabled=False',
          'quantize_cfg.calibration.method=minmax')
+
+
+def load_tool(name):
+    """The module tools/NAME.py, anew."""
+    spec = importlib.util.spec_from_file_location(Path(name).name, REPO / 'tools' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @dataclass(frozen=True)

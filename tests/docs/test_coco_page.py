@@ -1,10 +1,9 @@
 """docs/coco.md: every config is on it, and its figures are not ours."""
 import csv
-import importlib.util
 import re
 
 import pytest
-from demo_runs import REPO
+from demo_runs import REPO, load_tool
 from mmengine.config import Config
 
 PAGE = (REPO / 'docs' / 'coco.md').read_text()
@@ -38,8 +37,6 @@ def test_results_are_the_tools():
     if not results.exists():
         assert 'No run on COCO has\nbeen made yet' in PAGE
         return
-    spec = importlib.util.spec_from_file_location('benchmark', REPO / 'tools' / 'benchmark.py')
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = load_tool('benchmark')
     with results.open(newline='') as file:
         assert tuple(csv.DictReader(file).fieldnames) == benchmark.COLUMNS

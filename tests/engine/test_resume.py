@@ -1,6 +1,5 @@
 """A run that ends early goes on where it was, with the same result; nothing is lost."""
 import fcntl
-import importlib.util
 import json
 import os
 import random
@@ -14,7 +13,7 @@ from contextlib import redirect_stdout
 import demo_runs
 import pytest
 import torch
-from demo_runs import REPO, W4A4, arguments
+from demo_runs import W4A4, arguments, load_tool
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 
@@ -26,9 +25,7 @@ from pfcr_mm.engine.signals import Stopped, StopSignals
 from pfcr_mm.errors import FaultError, UsageError
 from pfcr_mm.registry import DATASETS, HOOKS
 
-spec = importlib.util.spec_from_file_location('kill_test', REPO / 'tools/dev/kill_test.py')
-kill_test = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kill_test)
+kill_test = load_tool('dev/kill_test')
 
 
 class Killed(BaseException):

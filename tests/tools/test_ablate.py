@@ -1,10 +1,9 @@
 """tools/ablate.py: the grid, equal iterations, what is done stays, a table and a plot."""
 import csv
-import importlib.util
 import json
 
 import pytest
-from demo_runs import REPO
+from demo_runs import REPO, load_tool
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.fingerprint import fingerprint
@@ -16,10 +15,7 @@ DEMO = REPO / 'configs' / 'demo' / 'pfcr_maskrcnn_swin_demo_w3a3.py'
 @pytest.fixture()
 def ablate(monkeypatch):
     monkeypatch.syspath_prepend(str(REPO / 'tools'))
-    spec = importlib.util.spec_from_file_location('ablate', REPO / 'tools' / 'ablate.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('ablate')
 
 
 @pytest.fixture()

@@ -1,11 +1,10 @@
 """tools/benchmark.py: what is done stays, what fails does not stop the rest."""
 import csv
-import importlib.util
 import json
 
 import demo_runs
 import pytest
-from demo_runs import REPO, W4A4
+from demo_runs import REPO, W4A4, load_tool
 from mmengine.config import Config
 
 from pfcr_mm.cli import quant_config
@@ -18,10 +17,7 @@ HEADER = ('config,weight_bits,activation_bits,seed,iterations,float_bbox_mAP,flo
 
 @pytest.fixture(scope='module')
 def benchmark():
-    spec = importlib.util.spec_from_file_location('benchmark', REPO / 'tools' / 'benchmark.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('benchmark')
 
 
 @pytest.fixture()
@@ -70,7 +66,7 @@ def test_rows_and_columns(bench, capsys):
 
 
 def test_columns_are_those_of_the_results_in_the_repository():
-    assert (REPO / 'results' / 'demo.csv').read_text().splitlines()[0] == HEADER
+    assert (REPO / 'results' / 'demo_1000.csv').read_text().splitlines()[0] == HEADER
 
 
 def test_what_is_done_is_not_repeated(bench):
