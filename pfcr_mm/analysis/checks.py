@@ -7,6 +7,7 @@ from statistics import median
 
 EARLY_DB = 8.0  # least SQNR of the first quarter of the backbone
 JUMP_DB = 6.0  # what one leaf may take off the SQNR
+END_DB = 6.0  # least SQNR behind the backbone where the error has grown all the way
 DROP_DB = 12.0  # where a jump counts: SQNR behind it below this
 LAYER_DB = 8.0  # local SQNR of a layer that is suspicious ...
 LAYER_BELOW = 8.0  # ... where it is so far below the median of its kind
@@ -65,8 +66,8 @@ def early_layers(report):
     if early:
         worst = min(early, key=lambda p: p['quantized'])
         name = f"{worst['part']}.{worst['name']}"
-        yield (f"{name} leaves with {worst['quantized']:.1f} dB, early in the backbone (8 dB or "
-               'more is usual)',
+        yield (f"{name} leaves with {worst['quantized']:.1f} dB, early in the backbone "
+               f'({EARLY_DB:.0f} dB or more is usual)',
                f"give it more bits: model.quant.overrides=[dict(pattern='{name}*', weight_bits=8, "
                'activation_bits=8)]')
 
@@ -162,7 +163,7 @@ def error_grows(report):
     blocks = {p['block']: p['quantized'] for p in points if p['block'] is not None}
     values = list(blocks.values())
     falls = sum(b < a for a, b in zip(values, values[1:]))
-    if (not jumps and len(values) >= 4 and values[-1] < 6.0
+    if (not jumps and len(values) >= 4 and values[-1] < END_DB
             and falls >= 0.75 * (len(values) - 1)):
         yield (f'SQNR falls in {falls} of {len(values) - 1} steps from block to block, from '
                f'{values[0]:.1f} dB to {values[-1]:.1f} dB',

@@ -29,10 +29,8 @@ def probe_images(cfg, model, count):
             dataset = DATASETS.build(cfg.test_dataloader.dataset)
     except (UsageError, OSError) as error:
         return [], {}, [f'the test split cannot be read: {error}']
-    count = min(count, len(dataset))
-    indices = [i * len(dataset) // count for i in range(count)]
     images, missing = [], []
-    for index in indices:
+    for index in evenly(count, len(dataset)):
         try:
             sample = load_sample(dataset, index)
         except (UsageError, OSError) as error:
@@ -41,6 +39,12 @@ def probe_images(cfg, model, count):
         data = model.data_preprocessor(pseudo_collate([sample]), False)
         images.append((data['inputs'], data['data_samples']))
     return images, dict(getattr(dataset, 'metainfo', None) or {}), missing
+
+
+def evenly(count, size):
+    """`count` indices spread over 0 to `size` - 1, all where there are fewer."""
+    count = min(count, size)
+    return [i * size // count for i in range(count)]
 
 
 def on_device(model, inputs):

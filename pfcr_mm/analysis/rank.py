@@ -10,13 +10,11 @@ from ..engine.metrics import counted
 from ..errors import UsageError
 from ..files import write_atomically
 from ..models.reparam import fold_alike
-from ..reconstruction import LEVELS as UNIT_LEVELS
-from ..reconstruction import harden
-from .probe import probe_images
+from ..reconstruction import LEVELS, harden
+from .probe import evenly, probe_images
 from .sensitivity import as_data, groups_of, plot, sensitivity, suggestion
 from .style import png
 
-LEVELS = tuple(dict.fromkeys(('layer', *UNIT_LEVELS)))
 SHOWN = 15
 
 
@@ -72,10 +70,7 @@ def calibrated_pair(runner):
         tuple[nn.Module, nn.Module]: the calibrated model, hardened; its float twin, folded
         alike.
     """
-    if runner._load_from is None:
-        raise UsageError(
-            'no float checkpoint: give CHECKPOINT on the command line, or load_from')
-    runner._wants = 'float'
+    runner.want_float()
     loop = runner.build_quantize_loop()
     runner.load_or_resume()
     loop.prepare()
@@ -95,8 +90,7 @@ def subset_measure(runner, count):
     dataset = loop.dataloader.dataset
     if not hasattr(dataset, 'get_subset_'):
         raise UsageError(f'--by ap: {type(dataset).__name__} cannot be cut to a subset')
-    count = min(count, len(dataset))
-    dataset.get_subset_([i * len(dataset) // count for i in range(count)])
+    dataset.get_subset_(evenly(count, len(dataset)))
     ids = [dataset.get_data_info(i).get('img_id') for i in range(len(dataset))]
     for metric in loop.evaluator.metrics:
         if hasattr(metric, 'img_ids'):

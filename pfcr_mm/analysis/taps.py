@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..modules import QuantLayer, QuantMatmul, quantizers_of
+from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows
 from ..quantizers import Log2Quantizer
 from ..quantizers.functional import log_decode, uniform_decode
 from .noise import Noise
@@ -108,13 +108,7 @@ def _look_at_attention(found):
         weights = output.detach()
         if weights.numel() == 0:
             return
-        valid = getattr(quantizer, 'valid_rows', None)
-        if valid is not None:  # padded queries say nothing about the image
-            windows = weights.view(-1, len(valid), *weights.shape[1:])
-            rows = windows.transpose(2, 3)[:, valid]  # (B, rows, heads, keys)
-            weights = rows.permute(2, 0, 1, 3).flatten(1, 2)
-        else:
-            weights = weights.movedim(1, 0).flatten(1, 2)  # (heads, rows, keys)
+        weights = real_rows(quantizer, weights).movedim(1, 0).flatten(1, 2)  # (heads, rows, keys)
         weights = weights[:, ::max(1, weights.shape[1] // ROWS) | 1]
         found.rows += weights.shape[1]
         found.entropy = found.entropy + entropy(weights).sum(1).double().cpu()

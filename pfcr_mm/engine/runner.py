@@ -54,10 +54,7 @@ class QuantRunner(Runner):
             Stopped: SIGINT or SIGTERM came; the units that were done are saved.
         """
         self.wants_resume, self._resume = self._resume, False  # the loop does it, not MMEngine
-        if self._load_from is None:
-            raise UsageError(
-                'no float checkpoint: give CHECKPOINT on the command line, or load_from')
-        self._wants = 'float'
+        self.want_float()
         loop = self.build_quantize_loop()
         with WorkDirLock(self.work_dir), loop.stop:
             self.call_hook('before_run')
@@ -70,6 +67,13 @@ class QuantRunner(Runner):
                 raise
             self.call_hook('after_run')
         return report
+
+    def want_float(self):
+        """Take float weights from now on; raises UsageError where no checkpoint is named."""
+        if self._load_from is None:
+            raise UsageError(
+                'no float checkpoint: give CHECKPOINT on the command line, or load_from')
+        self._wants = 'float'
 
     def build_quantize_loop(self):
         """Build `quantize_loop` from the config's `quantize_cfg` and return it."""

@@ -2,9 +2,9 @@
 from .base import QuantLayer, quantizers_of, set_quantization
 from .conv import QuantConv2d, QuantConvTranspose2d
 from .linear import QuantLinear
-from .matmul import Matmul, QuantMatmul
+from .matmul import Matmul, QuantMatmul, real_rows
 
 __all__ = [
     'Matmul', 'QuantConv2d', 'QuantConvTranspose2d', 'QuantLayer', 'QuantLinear', 'QuantMatmul',
-    'quantizers_of', 'set_quantization'
+    'quantizers_of', 'real_rows', 'set_quantization'
 ]

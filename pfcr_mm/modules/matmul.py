@@ -32,3 +32,21 @@ class QuantMatmul(nn.Module):
 
     def forward(self, left, right):
         return self.left_quantizer(left) @ self.right_quantizer(right)
+
+
+def real_rows(quantizer, weights):
+    """Attention weights without the rows of padded queries, which say nothing of the image.
+
+    Args:
+        quantizer (Quantizer): of the weights; where windows are padded its `valid_rows`
+            (windows, queries) says which queries of an image's windows are real.
+        weights (Tensor): (B * windows, heads, queries, keys).
+
+    Returns:
+        Tensor: (B, heads, rows, keys); the weights as they are where nothing is padded.
+    """
+    valid = getattr(quantizer, 'valid_rows', None)
+    if valid is None:
+        return weights
+    windows = weights.view(-1, len(valid), *weights.shape[1:])  # (B, windows, heads, N, N)
+    return windows.transpose(2, 3)[:, valid].transpose(1, 2)

@@ -11,7 +11,7 @@ import torch
 
 from .. import parallel
 from ..errors import UsageError
-from ..modules import QuantLayer, QuantMatmul, quantizers_of, set_quantization
+from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows, set_quantization
 from ..quantizers import Log2Quantizer, search
 from .noise import seed_of
 
@@ -146,10 +146,7 @@ class Observer:
             x = args[0]
             if x.numel() == 0:
                 return
-            valid = getattr(quantizer, 'valid_rows', None)
-            if valid is not None:  # rows of padded queries say nothing about the image
-                windows = x.view(-1, len(valid), *x.shape[1:])  # (B, windows, heads, N, N)
-                x = windows.transpose(2, 3)[:, valid].transpose(1, 2)  # (B, heads, rows, N)
+            x = real_rows(quantizer, x)
             if quantizer.axis is None:
                 grouped = x.reshape(1, -1)
             else:
