@@ -36,34 +36,34 @@ def quant_main(argv=None):
             _dry_run(args)
             return
         from .engine.lock import WorkDirLock
-        cfg = _read_config(args)
+        cfg = read_config(args)
         cfg.resume = args.resume or bool(cfg.get('resume', False))
         _check_data(cfg, calibrates=True)
-        _make_work_dir(cfg)
-        with WorkDirLock(cfg.work_dir), _damage_told(cfg), _safe(cfg):
-            _build_runner(cfg).quantize()
+        make_work_dir(cfg)
+        with WorkDirLock(cfg.work_dir), damage_told(cfg), safe_loading(cfg):
+            build_runner(cfg).quantize()
 
-    return _guarded('quant.py', run, args)
+    return guarded('quant.py', run, args)
 
 
 def quant_config(argv):
     """The config that tools/quant.py runs, given its arguments; raises UsageError."""
-    return _read_config(_quant_arguments(argv))
+    return read_config(_quant_arguments(argv))
 
 
 def test_main(argv=None):
     """tools/test.py. Returns the exit code: 0, or 2 for a mistake of the user's."""
-    parser = _parser('Test a quantized checkpoint.', 'test.py')
+    parser = make_parser('Test a quantized checkpoint.', 'test.py')
     parser.add_argument('checkpoint', help='checkpoint written by tools/quant.py')
     args = parser.parse_args(argv)
 
     def run():
-        cfg = _read_config(args)
+        cfg = read_config(args)
         _check_data(cfg, calibrates=False)
         from .engine.data import check_images
         from .engine.metrics import counted
-        with _damage_told(cfg), _safe(cfg):
-            runner = _build_runner(cfg)
+        with damage_told(cfg), safe_loading(cfg):
+            runner = build_runner(cfg)
             try:
                 metrics = runner.test()
             except UsageError:
@@ -75,11 +75,11 @@ def test_main(argv=None):
             for key, value in counted(metrics).items():
                 print(f'{key}: {value:.4f}')
 
-    return _guarded('test.py', run, args)
+    return guarded('test.py', run, args)
 
 
 def _quant_arguments(argv):
-    parser = _parser('Quantize a detector with PFCR and measure box and mask AP.', 'quant.py')
+    parser = make_parser('Quantize a detector with PFCR and measure box and mask AP.', 'quant.py')
     parser.add_argument('checkpoint', nargs='?', help='float checkpoint (default: load_from)')
     parser.add_argument('--dry-run', action='store_true',
                         help='print the plan and stop; needs neither data nor checkpoint')
@@ -93,9 +93,9 @@ def _dry_run(args):
     from .engine.hooks.progress import plan_lines
     with tempfile.TemporaryDirectory() as folder:
         args.work_dir = folder
-        cfg = _read_config(args)
+        cfg = read_config(args)
         cfg.visualizer = dict(type='Visualizer', name=folder)  # writes nothing
-        loop = _build_runner(cfg).build_quantize_loop()
+        loop = build_runner(cfg).build_quantize_loop()
         loop.rehearse()
         if parallel.is_main():
             print('\n'.join([*plan_lines(loop), '  not looked at: data, checkpoint']))
@@ -122,7 +122,8 @@ class _Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
 
-def _parser(description, program):
+def make_parser(description, program):
+    """A parser with the config and the options that all tools share."""
     parser = _Parser(prog=program, description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='where to write (default: work_dirs/CONFIG)')
@@ -139,7 +140,7 @@ def _parser(description, program):
     return parser
 
 
-def _read_config(args):
+def read_config(args):
     """The config with what the command line says, checked as far as it goes by itself."""
     if not os.path.isfile(args.config) and '::' not in args.config:
         raise UsageError(f'config {args.config} is not there; see configs/')
@@ -199,14 +200,16 @@ def _lay_over(cfg, path):
     cfg.merge_from_dict(over)
 
 
-def _make_work_dir(cfg):
+def make_work_dir(cfg):
+    """Make `cfg.work_dir`, or raise UsageError."""
     try:
         os.makedirs(cfg.work_dir, exist_ok=True)
     except OSError as error:
         raise UsageError(f'work dir {cfg.work_dir} cannot be made: {error.strerror}') from None
 
 
-def _build_runner(cfg):
+def build_runner(cfg):
+    """The runner of a config; UsageError where its type cannot quantize, or no model comes of it."""
     from .engine import QuantRunner
     from .reconstruction.faults import is_out_of_memory
     runner_type = RUNNERS.get(cfg.get('runner_type', 'pfcr_mm.QuantRunner'))
@@ -236,14 +239,14 @@ def _check_data(cfg, calibrates):
         check_dataset(calibration_dataset_cfg(cfg), 'train_dataloader')
 
 
-def _safe(cfg):
+def safe_loading(cfg):
     """No checkpoint that anything here opens runs code, unless the user trusts it."""
     from .models.safety import only_weights
     return only_weights(bool(cfg.get('trust_checkpoint', False)))
 
 
 @contextmanager
-def _damage_told(cfg):
+def damage_told(cfg):
     """Name the annotation file where one turns out to be no JSON."""
     try:
         yield
@@ -263,7 +266,7 @@ def _damage_told(cfg):
         raise
 
 
-def _guarded(program, run, args):
+def guarded(program, run, args):
     """Run a tool; whatever goes wrong ends in one line. Returns the exit code."""
     # mmdet's import says so on stderr, and we use pycocotools
     warnings.filterwarnings('ignore', 'faster_coco_eval is not installed')

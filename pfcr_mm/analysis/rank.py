@@ -4,7 +4,7 @@ import json
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from ..cli import _build_runner
+from ..cli import build_runner
 from ..engine.hooks.report import finite
 from ..engine.metrics import counted
 from ..errors import UsageError
@@ -35,7 +35,7 @@ def rank(cfg, level, by_ap=False, count=None, bits=8):
         UsageError: a mistake in the arguments or the config.
     """
     _check(level, count, bits)
-    runner = _build_runner(cfg)
+    runner = build_runner(cfg)
     model, floating = calibrated_pair(runner)
     if not groups_of(model, level):
         raise UsageError(f'--level {level}: the model has no unit of this level')

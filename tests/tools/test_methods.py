@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from tiny_classifiers import build_classifier, float_state, write_folder
 
-from pfcr_mm.cli import _build_runner, quant_config, quant_main
+from pfcr_mm.cli import build_runner, quant_config, quant_main
 
 from .test_classifier_run import W4A4, options, refused
 
@@ -39,7 +39,7 @@ def planned(base, method, folder, *more):
     MMLogger._instance_dict.clear()
     cfg = quant_config(arguments(base, method, folder, *more))
     cfg.visualizer = dict(type='Visualizer', name=str(folder))
-    loop = _build_runner(cfg).build_quantize_loop()
+    loop = build_runner(cfg).build_quantize_loop()
     loop.rehearse()
     return loop, [(n, unit) for (n, _), units in loop.plan().items() for unit in units]
 
