@@ -28,6 +28,7 @@ from ..reconstruction import (
     harden,
     observe,
     roi,
+    share_iterations,
 )
 from ..reconstruction.build_loss import check_shareable, parse_loss
 from ..reconstruction.calibrate import METHODS
@@ -276,17 +277,11 @@ class PFCRLoop(Resumable, BaseLoop):
         if self.total_iters is None:
             return
         units = [(number, unit) for (number, _), found in self.plan().items() for unit in found]
-        iters = [self.unit_config(*unit).iters for unit in units]
         if self.total_iters < len(units):
             raise UsageError(f'quantize_cfg.total_iters={self.total_iters} is less than one '
                              f'iteration for each of the {len(units)} units')
-        done = spent = 0
-        for unit, count in zip(units, iters):  # rounding is made up for at once
-            done += count
-            left = self.total_iters - spent - (len(units) - len(self._iterations) - 1)
-            share = round(self.total_iters * done / sum(iters)) - spent
-            self._iterations[unit] = min(left, max(1, share))
-            spent += self._iterations[unit]
+        counts = [self.unit_config(*unit).iters for unit in units]
+        self._iterations = dict(zip(units, share_iterations(counts, self.total_iters)))
 
     # --- phases --------------------------------------------------------------
 

@@ -5,11 +5,11 @@ from .faults import Faults
 from .optimize import UnitConfig, UnitRecord
 from .pfcr import ChainReconstructor, harden
 from .pos import POSConfig, Stage
-from .schedule import build_schedule, traversal_string
+from .schedule import build_schedule, share_iterations, traversal_string
 from .units import LEVELS, Unit, units_of
 
 __all__ = [
     'ChainReconstructor', 'Faults', 'LEVELS', 'POSConfig', 'Stage', 'Unit', 'UnitConfig',
-    'UnitRecord', 'build_schedule', 'calibrate', 'harden', 'observe', 'traversal_string',
-    'units_of'
+    'UnitRecord', 'build_schedule', 'calibrate', 'harden', 'observe', 'share_iterations',
+    'traversal_string', 'units_of'
 ]

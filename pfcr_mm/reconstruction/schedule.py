@@ -35,6 +35,29 @@ def build_schedule(chain, levels, traversal='post_order', key='levels'):
     return sorted(units, key=lambda u: (rank(u.level), u.start))
 
 
+def share_iterations(counts, total):
+    """Scale iterations so that they are `total` together, each at least 1.
+
+    Args:
+        counts (list[int]): iterations of each unit, in order.
+        total (int): at least one a unit.
+
+    Returns:
+        list[int]: in the same order.
+
+    Example:
+        >>> share_iterations([20, 60, 20], 10)
+        [2, 6, 2]
+    """
+    shares, done, spent = [], 0, 0
+    for number, count in enumerate(counts, 1):  # rounding is made up for at once
+        done += count
+        left = total - spent - (len(counts) - number)
+        shares.append(min(left, max(1, round(total * done / sum(counts)) - spent)))
+        spent += shares[-1]
+    return shares
+
+
 def traversal_string(units):
     """The schedule in one line, such as 'E1 A1 M1 B1 A2 M2 B2 P1'."""
     return ' '.join(unit.label for unit in units)
