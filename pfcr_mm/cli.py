@@ -209,7 +209,7 @@ def make_work_dir(cfg):
 
 
 def build_runner(cfg):
-    """The runner of a config; UsageError where its type cannot quantize, or no model comes of it."""
+    """The runner of a config; UsageError where it cannot quantize, or no model comes of it."""
     from .engine import QuantRunner
     from .reconstruction.faults import is_out_of_memory
     runner_type = RUNNERS.get(cfg.get('runner_type', 'pfcr_mm.QuantRunner'))
