@@ -11,7 +11,7 @@ from . import functional as F
 PERCENTILES = (0.99, 0.999, 0.9999, 0.99999)
 SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
 WEIGHT_FACTORS = torch.linspace(0.5, 1.15, 27).tolist()
-INPUT_FACTORS = torch.linspace(0.4, 1.2, 33).tolist()
+NEAR_FACTORS = torch.linspace(0.8, 1.25, 10).tolist()
 _QUANTILE_LIMIT = 2**23  # torch.quantile fails above 2**24 elements
 
 
@@ -62,14 +62,19 @@ def search_log_scale(samples, spec, steps_per_octave, minmax=None):
 
 def quantile_range(samples, p):
     """Lower and upper p-quantiles per group, of at most 2**23 values."""
-    groups, count = samples.shape
-    limit = max(2, _QUANTILE_LIMIT // groups)
-    if count > limit:
-        # whole numbers: float32 cannot tell positions above 2**24 apart
-        pick = torch.arange(limit, device=samples.device) * (count - 1) // (limit - 1)
-        samples = samples[:, pick]
+    samples = _at_most(samples, max(2, _QUANTILE_LIMIT // len(samples)))
     low, high = torch.quantile(samples, samples.new_tensor([1 - p, p]), dim=1)
     return low, high
+
+
+def _at_most(samples, limit):
+    """`limit` columns of samples (groups, n), evenly spread with both ends, or all."""
+    count = samples.shape[1]
+    if count <= limit:
+        return samples
+    # whole numbers: float32 cannot tell positions above 2**24 apart
+    pick = torch.arange(limit, device=samples.device) * (count - 1) // (limit - 1)
+    return samples[:, pick]
 
 
 def refine_weight(weight, scale, zero_point, spec, inputs, groups=None):
@@ -112,35 +117,65 @@ def refine_weight(weight, scale, zero_point, spec, inputs, groups=None):
 
 
 def refine_activation(inputs, weight, scale, zero_point, spec):
-    """Rescale a per-tensor input quantizer to the least error of the layer's *output*.
+    """Search a per-tensor input quantizer for the least error of the layer's *output*.
+
+    Each output channel's error counts relative to the channel's own variance: a few huge
+    channels (massive activations of ViTs) would decide alone otherwise, with a step that
+    rounds all other tokens to nothing.
 
     Args:
         inputs (Tensor): sampled inputs (n, fan_in), float.
         weight (Tensor): the weight in force (rows, fan_in).
-        scale, zero_point (Tensor): shape (1,) to start from.
+        scale, zero_point (Tensor): shape (1,), what is in force.
 
     Returns:
         tuple[Tensor, Tensor]: scale and zero point, (1,).
     """
     code_low, code_high = F.uniform_code_range(spec.bits, spec.symmetric)
-    low = (code_low - zero_point) * scale
-    high = (code_high - zero_point) * scale
-    if spec.symmetric:  # the range that `affine_from_range` turns back into this scale
-        low, high = low + 0.5 * scale, high + 0.5 * scale
-    for moves_low, moves_high in ((True, True), (True, False), (False, True)):
-        best, best_range = torch.inf, (low, high)
-        for factor in INPUT_FACTORS:
-            ends = (low * factor if moves_low else low, high * factor if moves_high else high)
-            s, z = F.affine_from_range(*ends, spec.bits, spec.symmetric)
-            codes = F.uniform_encode(inputs, s, z, code_low, code_high)
-            error = F.uniform_decode(codes, s, z) - inputs
-            cost = (error @ weight.t()).square().sum().item()
-            if cost < best:
-                best, best_range = cost, ends
-        low, high = best_range
+    deviation = (inputs @ weight.t()).std(0, correction=0)
+    if not deviation.any():  # one row, or rows that are all alike
+        return scale, zero_point
+    weight = weight / deviation.clamp(min=1e-5 * deviation.max())[:, None]
+    if weight.shape[0] > weight.shape[1]:  # as long, with fewer rows
+        weight = torch.linalg.qr(weight).R
+    best, best_cost = (scale, zero_point), torch.inf
+
+    def offer(scale, zero_point):
+        nonlocal best, best_cost
+        codes = F.uniform_encode(inputs, scale, zero_point, code_low, code_high)
+        error = F.uniform_decode(codes, scale, zero_point) - inputs
+        cost = (error @ weight.t()).square().sum().item()
+        if cost < best_cost:
+            best, best_cost = (scale, zero_point), cost
+
+    def zero_points(scale):
         if spec.symmetric:
-            break
-    return F.affine_from_range(low, high, spec.bits, spec.symmetric)
+            return [zero_point]
+        return (code_low - lows / scale).round().clamp(code_low, code_high).unique().split(1)
+
+    offer(scale, zero_point)
+    lows, widths = _ends_and_widths(inputs, code_high - code_low)
+    for width in widths:
+        for zero in zero_points(width):
+            offer(width, zero)
+    scale, zero_point = best
+    for factor in NEAR_FACTORS:
+        for shift in (-1, 0, 1) if not spec.symmetric else (0, ):
+            offer(scale * factor, (zero_point + shift).clamp(code_low, code_high))
+    return best
+
+
+def _ends_and_widths(samples, steps):
+    """Candidates for a range's lower end (k,) and for a step [(1,), ...].
+
+    Ends are low quantiles; ranges go from the middle 80% of the values to all of them.
+    """
+    values = _at_most(samples.reshape(1, -1), _QUANTILE_LIMIT)
+    ends = torch.quantile(values, values.new_tensor([0.0, 0.001, 0.01, 0.1, 0.9, 1.0]), dim=1)
+    full = (ends[5] - ends[0]).clamp(min=1e-8)
+    core = torch.maximum(ends[4] - ends[3], full / 512)
+    shares = torch.linspace(0, 1, 25, device=full.device)
+    return ends[:4, 0], (core * (full / core)**shares / steps).split(1)
 
 
 def _best_range(samples, spec, ranges):
