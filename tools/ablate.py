@@ -31,7 +31,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from benchmark import read_csv, report_of, write_csv
+from run_matrix import read_csv, report_of, write_csv
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.metrics import titles

@@ -1,4 +1,4 @@
-"""tools/benchmark.py: what is done stays, what fails does not stop the rest."""
+"""tools/run_matrix.py: what is done stays, what fails does not stop the rest."""
 import csv
 import json
 
@@ -16,12 +16,12 @@ HEADER = ('config,weight_bits,activation_bits,seed,iterations,float_bbox_mAP,flo
 
 
 @pytest.fixture(scope='module')
-def benchmark():
-    return load_tool('benchmark')
+def matrix():
+    return load_tool('run_matrix')
 
 
 @pytest.fixture()
-def bench(benchmark, tmp_path, monkeypatch):
+def bench(matrix, tmp_path, monkeypatch):
     """bench(*arguments): (exit code, CSV rows, runs made); a run writes a made-up report."""
     made = []
     bench_out = tmp_path / 'out.csv'
@@ -42,11 +42,11 @@ def bench(benchmark, tmp_path, monkeypatch):
 
     def call(*arguments):
         made.clear()
-        code = benchmark.main([*map(str, arguments), '--out', str(bench_out), '--work-dir',
+        code = matrix.main([*map(str, arguments), '--out', str(bench_out), '--work-dir',
                                str(tmp_path / 'runs')])
         return code, list(csv.DictReader(bench_out.open())) if bench_out.exists() else [], [*made]
 
-    monkeypatch.setattr(benchmark, 'run', run)
+    monkeypatch.setattr(matrix, 'run', run)
     call.out = bench_out
     call.runs = tmp_path / 'runs'
     return call
@@ -99,9 +99,9 @@ def test_a_failure_is_one_line_and_the_rest_goes_on(bench, capsys):
     assert [r['config'] for r in rows] == [W4A4.stem]
     errors = [line for line in capsys.readouterr().err.splitlines() if line]
     assert errors == [
-        'benchmark: nobody seed 0: failed: config nobody.py is not there; see configs/',
-        f'benchmark: {W3A3.stem} seed 0: failed: quant.py: error: no memory',
-        'benchmark: 2 of 3 runs failed']
+        'run_matrix: nobody seed 0: failed: config nobody.py is not there; see configs/',
+        f'run_matrix: {W3A3.stem} seed 0: failed: quant.py: error: no memory',
+        'run_matrix: 2 of 3 runs failed']
 
 
 def test_rows_of_other_configs_stay(bench):
@@ -126,11 +126,11 @@ def test_no_run_only_collects(bench, capsys):
     ('import os; os.kill(os.getpid(), 9)', r'killed by signal 9 \(out of memory\?\)'),
     ('import os; os._exit(3)', 'exit code 3'),
 ], ids=['crash', 'refused', 'killed', 'silent'])
-def test_how_a_process_ends(script, message, benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, 'QUANT', tmp_path / 'quant.py')
-    benchmark.QUANT.write_text(script)
+def test_how_a_process_ends(script, message, matrix, tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, 'QUANT', tmp_path / 'quant.py')
+    matrix.QUANT.write_text(script)
     with pytest.raises(RuntimeError, match=message):
-        benchmark.run(['mine.py'], tmp_path / 'run')
+        matrix.run(['mine.py'], tmp_path / 'run')
     assert (tmp_path / 'run' / 'stderr.txt').exists()
 
 
@@ -138,32 +138,32 @@ def test_how_a_process_ends(script, message, benchmark, tmp_path, monkeypatch):
     (False, False, ['new']), (True, False, ['resume']), (True, True, ['resume', 'new'])],
     ids=['new', 'cut short', 'of another config'])
 def test_a_run_that_was_cut_short_goes_on(
-        unfinished, refuses, calls, benchmark, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, 'QUANT', tmp_path / 'quant.py')
+        unfinished, refuses, calls, matrix, tmp_path, monkeypatch):
+    monkeypatch.setattr(matrix, 'QUANT', tmp_path / 'quant.py')
     log = tmp_path / 'log'
-    benchmark.QUANT.write_text(
+    matrix.QUANT.write_text(
         f"import sys\nhow = 'resume' if '--resume' in sys.argv else 'new'\n"
         f"open({str(log)!r}, 'a').write(how + '\\n')\n"
         f"sys.exit(2 if {refuses} and how == 'resume' else 0)\n")
     if unfinished:
         (tmp_path / 'run' / 'resume').mkdir(parents=True)
         (tmp_path / 'run' / 'resume' / '000001.pth').write_bytes(b'')
-    benchmark.run(['mine.py'], tmp_path / 'run')
+    matrix.run(['mine.py'], tmp_path / 'run')
     assert log.read_text().split() == calls
 
 
-def test_a_real_run(benchmark, tiny_run, tiny_options, tmp_path):
+def test_a_real_run(matrix, tiny_run, tiny_options, tmp_path):
     config, out = tmp_path / 'mine.py', tmp_path / 'out.csv'
     config.write_text(f"_base_ = '{W4A4}'\nload_from = '{tiny_run.checkpoint}'\n")
     arguments = [str(config), '--seeds', '0', '--out', str(out), '--work-dir',
                  str(tmp_path / 'runs'), '--cfg-options', *tiny_options]
-    assert benchmark.main(arguments) == 0
+    assert matrix.main(arguments) == 0
     row, = csv.DictReader(out.open())
     report = json.loads((tmp_path / 'runs' / 'mine_seed0' / 'report.json').read_text())
     assert float(row['quantized_bbox_mAP']) == report['quantized']['bbox_mAP']
     assert int(row['iterations']) == sum(u['iters'] for u in report['units'])
     written = out.read_text()
-    assert benchmark.main([*arguments[:1], '--no-run', *arguments[1:]]) == 0
+    assert matrix.main([*arguments[:1], '--no-run', *arguments[1:]]) == 0
     assert out.read_text() == written  # done: its report is taken as it is
 
 

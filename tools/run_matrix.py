@@ -1,8 +1,8 @@
 """Run configs over seeds, collect AP in a CSV, and print a table.
 
-    python tools/benchmark.py CONFIG [CONFIG ...] --seeds 0 1 2 --out results/demo.csv
+    python tools/run_matrix.py CONFIG [CONFIG ...] --seeds 0 1 2 --out results/demo.csv
 
-Each run is a process of its own in work_dirs/benchmark/CONFIG_seedN. A run whose report
+Each run is a process of its own in work_dirs/matrix/CONFIG_seedN. A run whose report
 is there is not repeated, unless its config has changed since; one that was cut short goes
 on where it was. A run that fails is told in one line, the others go on, and the exit code
 is 1. --no-run only collects reports.
@@ -37,7 +37,7 @@ def main(argv=None):
     parser.add_argument('configs', nargs='+', help='configs with quantize_cfg')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--out', required=True, help='CSV to write')
-    parser.add_argument('--work-dir', default='work_dirs/benchmark', help='folder of the runs')
+    parser.add_argument('--work-dir', default='work_dirs/matrix', help='folder of the runs')
     parser.add_argument('--no-run', action='store_true', help='collect the reports that are there')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='passed on to quant.py')
     args = parser.parse_args(argv)
@@ -60,11 +60,11 @@ def main(argv=None):
         write_csv(kept + rows, out, COLUMNS)
     print('\n'.join(table(rows)))
     if failed:
-        print(f'benchmark: {failed} of {len(runs)} runs failed', file=sys.stderr)
+        print(f'run_matrix: {failed} of {len(runs)} runs failed', file=sys.stderr)
     return 1 if failed else 0
 
 
-def report_of(name, folder, arguments, no_run, program='benchmark'):
+def report_of(name, folder, arguments, no_run, program='run_matrix'):
     """The report of a run that is done already or is done now, telling what happens.
 
     Args:
