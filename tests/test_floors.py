@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / 'pfcr_mm'
 FLOORS = dict(
     __init__=0, parallel=0, registry=0, errors=0, files=0, compat=0, version=0, quantizers=1,
     modules=2, models=3, reconstruction=4, engine=5, datasets=6, evaluation=6, export=6,
-    analysis=6, cli=6)
+    analysis=6, benchmark=6, cli=6)
 TORCH_ONLY = ('quantizers', 'modules')
 
 

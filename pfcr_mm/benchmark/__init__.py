@@ -1,0 +1,1 @@
+"""What reconstruction, quantized inference and checkpoints cost."""

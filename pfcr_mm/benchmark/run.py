@@ -1,0 +1,116 @@
+"""The whole benchmark: units, inference, files, and what reports of runs say."""
+import copy
+import io
+import json
+from pathlib import Path
+
+import torch
+
+from ..errors import UsageError
+from ..reconstruction import harden
+from .cases import KINDS, build_case
+from .iteration import measure_iteration
+from .timing import Stopwatch
+
+# The step of published code: AdaRound, half of inputs and activations left float at random.
+PUBLISHED = dict(rounding='adaround', keep_prob=0.5, input_mix=0.5)
+
+
+def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu',
+                  reports=()):
+    """Measure everything.
+
+    Args:
+        size (str): of SIZES.
+        kinds (Sequence[str]): of KINDS.
+        pairs (int): measurements of each.
+        clock (str): 'wall', or 'cpu' where other jobs share the machine.
+        device (str): where to compute.
+        reports (Sequence[str]): `report.json` of runs, for seconds by phase and memory.
+
+    Returns:
+        dict: plain data; ratios are medians of measurements in turn.
+    """
+    found = dict(
+        machine=dict(torch=torch.__version__, threads=torch.get_num_threads(), device=str(device),
+                     capability=torch.backends.cpu.get_cpu_capability()),
+        size=size, pairs=pairs, clock=clock, bits='W4A4', iteration_ratio={},
+        reference_iteration_ratio={}, speedup_over_reference={},
+        published_step=dict(iteration_ratio={}, speedup_over_reference={}), inference_ratio={},
+        milliseconds={})
+    for kind in kinds:
+        case = build_case(kind, size, device=device)
+        ours, reference = (measure_iteration(case, clock, pairs, straight)
+                           for straight in (False, True))
+        found['iteration_ratio'][kind] = _ratio(ours)
+        found['reference_iteration_ratio'][kind] = _ratio(reference)
+        found['speedup_over_reference'][kind] = _speedup(ours, reference)
+        found['milliseconds'][kind] = {
+            name: round(1e3 * ours.median(name), 3) for name in ('float', 'iteration')}
+        found['inference_ratio'][kind] = measure_inference(case, clock, pairs)
+        options = dict(PUBLISHED)
+        case = build_case(kind, size, rounding=options.pop('rounding'), device=device)
+        ours, reference = (measure_iteration(case, clock, pairs, straight, **options)
+                           for straight in (False, True))
+        found['published_step']['iteration_ratio'][kind] = _ratio(ours)
+        found['published_step']['speedup_over_reference'][kind] = _speedup(ours, reference)
+    found['files'] = measure_files(build_case('swin_block', size), clock)
+    found.update(from_reports(reports))
+    return found
+
+
+def _ratio(watch):
+    return round(watch.ratio('iteration', 'float'), 3)
+
+
+def _speedup(ours, reference):
+    """Both are relative to the float step that was made in turn with them."""
+    return round(reference.ratio('iteration', 'float') / ours.ratio('iteration', 'float'), 3)
+
+
+@torch.no_grad()
+def measure_inference(case, clock='wall', pairs=15):
+    """Ratio of the forward pass of the hardened unit to that of the float one."""
+    model = copy.deepcopy(case.model)
+    harden(model)
+    device = next(model.parameters()).device
+    watch = Stopwatch(clock, device)
+    state = case.inputs.batch(list(range(case.batch)), device)
+    chain = case.chain_of(model)
+    for _ in range(pairs + 3):
+        for name, one in (('quantized', chain), ('float', case.float_chain)):
+            watch.time(name, lambda one=one: one.run(state, case.unit.start, case.unit.stop))
+    return round(watch.ratio('quantized', 'float'), 3)
+
+
+def measure_files(case, clock='wall', times=7):
+    """Milliseconds to save and load the state of the quantized backbone, and megabytes."""
+    watch = Stopwatch(clock)
+    for _ in range(times):
+        file = io.BytesIO()
+        watch.time('save', lambda file=file: torch.save(case.model.state_dict(), file))
+        size = file.tell()
+        file.seek(0)
+        watch.time('load', lambda file=file: case.model.load_state_dict(
+            torch.load(file, weights_only=True)))
+    return dict(save_ms=round(1e3 * watch.median('save', 1), 2),
+                load_ms=round(1e3 * watch.median('load', 1), 2), size_mb=round(size / 1e6, 3))
+
+
+def from_reports(paths):
+    """Seconds by phase, and peak memory by number of calibration images, of finished runs.
+
+    Args:
+        paths (Sequence[str]): of `report.json`.
+    """
+    seconds, memory = {}, {}
+    for path in paths:
+        try:
+            report = json.loads(Path(path).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UsageError(f'report {path} cannot be read: {error}') from None
+        images = str(report['calibration']['images'])
+        seconds[images] = {name: round(phase['seconds'], 2)
+                           for name, phase in report['phases'].items()}
+        memory[images] = round(report['peak_memory_mb'], 1)
+    return dict(seconds=seconds, peak_memory_mb=memory) if paths else {}

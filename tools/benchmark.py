@@ -1,0 +1,49 @@
+"""Measure what reconstruction costs, as ratios to float, and write it as JSON.
+
+    python tools/benchmark.py --out FILE [--size demo|full] [--kinds KIND ...]
+                              [--reports REPORT.json ...]
+
+See docs/performance.md for what is measured. Memory by number of calibration images and
+seconds by phase come from the reports of runs made with `quantize_cfg.calibration.images=N`.
+"""
+import argparse
+import json
+import sys
+
+import torch
+
+from pfcr_mm.benchmark.cases import KINDS, SIZES
+from pfcr_mm.benchmark.run import run_benchmark
+from pfcr_mm.benchmark.timing import CLOCKS
+from pfcr_mm.errors import UsageError
+from pfcr_mm.files import write_atomically
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--out', required=True, help='JSON to write')
+    parser.add_argument('--size', choices=SIZES, default='demo', help='width and image size')
+    parser.add_argument('--kinds', nargs='+', choices=KINDS, default=list(KINDS))
+    parser.add_argument('--pairs', type=int, default=15, help='measurements of each')
+    parser.add_argument('--clock', choices=CLOCKS, default='wall',
+                        help='cpu where other jobs share the machine')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, help='of torch')
+    parser.add_argument('--reports', nargs='+', default=[], help='report.json of runs')
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        found = run_benchmark(args.size, args.kinds, args.pairs, args.clock, args.device,
+                              args.reports)
+    except UsageError as error:
+        print(f'benchmark.py: error: {error}', file=sys.stderr)
+        return 2
+    text = json.dumps(found, indent=1) + '\n'
+    write_atomically(args.out, text)
+    print(text, end='')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
