@@ -1,4 +1,6 @@
 """Swin Transformer of mmdet: quantized window attention, chain, post-norm pairs."""
+from functools import lru_cache
+
 import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA, WindowMSA
 
@@ -29,11 +31,11 @@ class QuantWindowMSA(WindowMSA):
         q, k, v = self.qkv(x).reshape(
             batch, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         attention = self.matmul_qk(q * self.scale, k.transpose(-2, -1))
-        attention = attention + self._position_bias()
-        if mask is not None:
-            windows = mask.shape[0]
-            attention = attention.view(-1, windows, self.num_heads, tokens, tokens)
-            attention = (attention + mask[None, :, None]).view(-1, self.num_heads, tokens, tokens)
+        bias = self._position_bias()
+        if mask is not None:  # added to the bias first: both are small
+            attention = attention.view(-1, len(mask), self.num_heads, tokens, tokens)
+            bias = bias + mask[:, None]
+        attention = (attention + bias).view(batch, self.num_heads, tokens, tokens)
         attention = self.attn_drop(self.softmax(attention))
         if isinstance(self.matmul_av, QuantMatmul):
             self.matmul_av.left_quantizer.valid_rows = valid
@@ -62,13 +64,16 @@ class QuantShiftWindowMSA(ShiftWindowMSA):
             raise ValueError(f'{length} tokens do not fill a {height}x{width} map')
         size = self.window_size
         padded_h, padded_w = height + -height % size, width + -width % size
-        x = self.pad_value.expand(batch, padded_h, padded_w, channels).clone()
-        x[:, :height, :width] = query.view(batch, height, width, channels)
+        x = query.view(batch, height, width, channels)
+        if (height, width) != (padded_h, padded_w):
+            padded = self.pad_value.expand(batch, padded_h, padded_w, channels).clone()
+            padded[:, :height, :width] = x
+            x = padded
 
         mask = None
         if self.shift_size > 0:
             x = torch.roll(x, (-self.shift_size, -self.shift_size), (1, 2))
-            mask = self._shift_mask(padded_h, padded_w, x.device)
+            mask = shift_mask(padded_h, padded_w, size, self.shift_size, x.device)
         windows = self.window_partition(x).view(-1, size * size, channels)
         windows = self.w_msa(
             windows, mask, self._valid_tokens(height, width, padded_h, padded_w, x.device))
@@ -77,17 +82,6 @@ class QuantShiftWindowMSA(ShiftWindowMSA):
             x = torch.roll(x, (self.shift_size, self.shift_size), (1, 2))
         x = x[:, :height, :width].reshape(batch, height * width, channels)
         return self.drop(x)
-
-    def _shift_mask(self, height, width, device):
-        """(windows, N, N): -100 between tokens that the roll made neighbours."""
-        size, shift = self.window_size, self.shift_size
-        parts = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
-        region = torch.zeros((1, height, width, 1), device=device)
-        for number, (rows, columns) in enumerate((r, c) for r in parts for c in parts):
-            region[:, rows, columns] = number
-        region = self.window_partition(region).view(-1, size * size)
-        apart = region[:, None] != region[:, :, None]
-        return torch.zeros_like(apart, dtype=torch.float32).masked_fill_(apart, -100.0)
 
     def _valid_tokens(self, height, width, padded_h, padded_w, device):
         """(windows, N) booleans, or None where nothing is padded."""
@@ -98,6 +92,20 @@ class QuantShiftWindowMSA(ShiftWindowMSA):
         if self.shift_size > 0:
             valid = torch.roll(valid, (-self.shift_size, -self.shift_size), (1, 2))
         return self.window_partition(valid).view(-1, self.window_size**2)
+
+
+@lru_cache(maxsize=8)  # at most 10 MB each, at the first stage of a large image
+@torch.inference_mode(False)
+def shift_mask(height, width, size, shift, device):
+    """(windows, N, N): -100 between tokens that the roll made neighbours; not to be changed."""
+    parts = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
+    region = torch.zeros((height, width), device=device)
+    for number, (rows, columns) in enumerate((r, c) for r in parts for c in parts):
+        region[rows, columns] = number
+    region = region.view(height // size, size, width // size, size).transpose(1, 2)
+    region = region.reshape(-1, size * size)
+    apart = region[:, None] != region[:, :, None]
+    return torch.zeros_like(apart, dtype=torch.float32).masked_fill_(apart, -100.0)
 
 
 @CONVERTERS.register(f'{_SWIN}.ShiftWindowMSA')

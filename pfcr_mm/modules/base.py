@@ -1,5 +1,6 @@
 """`QuantLayer`: what every layer with a quantized weight and input shares."""
 import copy
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ class QuantLayer:
 
     weight_axis = 0  # axis of the output channels
     input_axis = -1  # axis of the input channels
+    kept_weight = None  # within `weights_once` a list, of the quantized weight once it is made
 
     @classmethod
     def from_float(cls, module, weight_bits, activation_bits, rounding='latent',
@@ -51,7 +53,12 @@ class QuantLayer:
         """The weight that the forward pass uses."""
         if self.hardened:
             return self.weight
-        return self.rounding(self.weight, self.weight_quantizer)
+        if self.kept_weight:
+            return self.kept_weight[0]
+        weight = self.rounding(self.weight, self.weight_quantizer)
+        if self.kept_weight is not None:
+            self.kept_weight.append(weight)
+        return weight
 
     @torch.no_grad()
     def harden(self):
@@ -118,6 +125,23 @@ class QuantLayer:
     def input_rows(self, x, generator, limit):
         """A random sample of the input as rows (n <= limit, fan_in), n over all positions."""
         raise NotImplementedError
+
+
+@contextmanager
+def weights_once(modules):
+    """Quantize each weight below `modules` once within the block, not once a call.
+
+    Weights and scales must not change within it, and what is made with gradients on has
+    them: a graph through it can be walked back once.
+    """
+    layers = [m for root in modules for m in root.modules() if isinstance(m, QuantLayer)]
+    for layer in layers:
+        layer.kept_weight = []
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kept_weight = None
 
 
 def quantizers_of(module):

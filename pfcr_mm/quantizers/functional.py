@@ -5,6 +5,8 @@ and the scale gets the exact LSQ gradient (Esser et al., arXiv 1902.08153).
 """
 import torch
 
+from .blocks import between, blocks, dense_like, dot
+
 
 def uniform_code_range(bits, symmetric):
     """Lowest and highest code of a uniform quantizer: exactly 2**bits codes."""
@@ -41,26 +43,50 @@ def affine_from_range(low, high, bits, symmetric=False, eps=1e-8):
 
 
 class UniformFakeQuantize(torch.autograd.Function):
-    """x -> decode(encode(x)), with straight-through and LSQ gradients."""
+    """x -> decode(encode(x)), with straight-through and LSQ gradients.
+
+    Keeps input and output, which their neighbours in the graph hold anyway, and no map of
+    its own: d x_hat / d scale = (x_hat - x) / scale inside, x_hat / scale where clipped.
+    """
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, low, high):
-        ratio = x / scale
-        steps = ratio.round().add_(zero_point).clamp_(low, high).sub_(zero_point)
-        ctx.save_for_backward(ratio, steps, scale)
-        return steps * scale
+        if _is_plain(scale, x):
+            shift = zero_point.item()
+            values = (x / scale).round_().clamp_(low - shift, high - shift).mul_(scale)
+        else:
+            values = dense_like(x)
+            for x_, out, s, z in blocks((x, values), (scale, zero_point)):
+                out.copy_(x_).div_(s).round_().add_(z).clamp_(low, high).sub_(z).mul_(s)
+        ctx.save_for_backward(x, scale, zero_point, values)
+        ctx.ends = low - 0.5, high + 0.5  # of the codes before rounding
+        return values
 
     @staticmethod
     def backward(ctx, grad):
-        ratio, steps, scale = ctx.saved_tensors
-        inside = ratio.round().eq_(steps)  # 1 where not clipped
-        grad_x = grad * inside if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            # d x_hat / d scale = steps - (x / scale inside, 0 where clipped)
-            slope = torch.addcmul(steps, ratio, inside, value=-1.0)
-            grad_scale = slope.mul_(grad).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None, None
+        x, scale, zero_point, values = ctx.saved_tensors
+        grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
+        low, high = ctx.ends
+        if _is_plain(scale, x, grad):
+            step, shift = scale.item(), zero_point.item()
+            between(grad, x, (low - shift) * step, (high - shift) * step, out=grad_x)
+            if ctx.needs_input_grad[1]:
+                grad_scale += dot(grad, values) - dot(grad_x, x)
+            return grad_x, grad_scale.div_(scale), None, None, None
+        for g, x_, v, gx, s, z, gs in blocks(
+                (grad, x, values, grad_x), (scale, zero_point, grad_scale)):
+            if x_.stride() != v.stride():
+                x_ = torch.empty_like(v).copy_(x_)
+            between(g, (x_ / s).add_(z), low, high, out=gx)
+            if ctx.needs_input_grad[1]:
+                gs.add_((g * v).addcmul_(gx, x_, value=-1.0).sum_to_size(gs.shape))
+        return grad_x, grad_scale.div_(scale), None, None, None
+
+
+def _is_plain(scale, *tensors):
+    """One scale, which can be read without waiting for a GPU, and tensors without gaps."""
+    return scale.numel() == 1 and scale.device.type == 'cpu' and all(
+        t.is_contiguous() for t in tensors)
 
 
 def fractional_fake_quantize(x, scale, zero_point, low, high):
@@ -102,8 +128,13 @@ class LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, bits, steps_per_octave, zero_below):
-        codes = log_encode(x, scale, bits, steps_per_octave, zero_below)
-        values = log_decode(codes, scale, bits, steps_per_octave, zero_below)
+        grid = bits, steps_per_octave, zero_below
+        if steps_per_octave <= 2 and bits <= 6 and x.dtype in _EXPONENTS:
+            values = dense_like(x)
+            for x_, out, s in blocks((x, values), (scale, )):
+                _log_by_exponent(x_, s, *grid, out)
+        else:
+            values = log_decode(log_encode(x, scale, *grid), scale, *grid)
         ctx.save_for_backward(x, scale, values)
         ctx.smallest = 2.0**(-(2**bits - 1 - zero_below) / steps_per_octave)
         return values
@@ -111,12 +142,42 @@ class LogFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, values = ctx.saved_tensors
-        ratio = x / scale
-        clipped = (ratio > 1) | (ratio < ctx.smallest)
-        grad_x = grad_scale = None
-        if ctx.needs_input_grad[0]:
-            slope = values / x.clamp(min=torch.finfo(x.dtype).tiny)
-            grad_x = grad * slope.masked_fill_(clipped, 0)
-        if ctx.needs_input_grad[1]:
-            grad_scale = (grad * (values / scale) * clipped).sum_to_size(scale.shape)
-        return grad_x, grad_scale, None, None, None
+        grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
+        least = max(ctx.smallest, torch.finfo(x.dtype).tiny)
+        # a little beyond both ends, which themselves are inside
+        ends = ctx.smallest * (1 - 1e-6), 1 + 1e-6
+        for g, x_, v, gx, s, gs in blocks((grad, x, values, grad_x), (scale, grad_scale)):
+            ratio, product = x_.clamp(min=_TINY).div_(s), g * v
+            between(product, ratio, *ends, out=gx)
+            if ctx.needs_input_grad[1]:
+                gs.add_(product.sub_(gx).sum_to_size(gs.shape))
+            gx.div_(ratio.clamp_(min=least).mul_(s))
+        return grad_x, grad_scale.div_(scale), None, None, None
+
+
+_TINY = 1e-30  # what is less is zero: masked softmax gives 1e-44, and such numbers take long
+# By type: the same bits as integers, and those of them that are the exponent.
+_EXPONENTS = {torch.float32: (torch.int32, 0xFF << 23), torch.float64: (torch.int64, 0x7FF << 52)}
+
+
+def _log_by_exponent(x, scale, bits, steps_per_octave, zero_below, out):
+    """What `log_decode` gives for `log_encode`, without logarithms, for 1 or 2 steps an octave.
+
+    A number with its mantissa cleared is the power of two below it; so round to nearest
+    is that of sqrt(2) * x. For two steps an octave the same is done to the square. Bits are
+    6 at most, so that no square is too small.
+    """
+    integer, mask = _EXPONENTS[x.dtype]
+    last, shift = 2**bits - 1, 2.0**0.5
+    ratio = x.clamp(min=_TINY).div_(scale)
+    if steps_per_octave == 2:
+        ratio.clamp_(min=2.0**-40).square_()
+    ratio.mul_(shift)
+    torch.clamp(ratio, 2.0**(zero_below - last), 1.0, out=out)
+    out.view(integer).bitwise_and_(mask)
+    if zero_below:  # 0 where `ratio` is one step below the smallest power, or more
+        torch.ops.aten.threshold_backward.grad_input(
+            out, ratio, shift * 2.0**-last, grad_input=out)
+    if steps_per_octave == 2:
+        out.sqrt_()
+    out.mul_(scale)

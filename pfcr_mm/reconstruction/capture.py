@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from .. import parallel
 from ..errors import UsageError
 from ..models.chain import State
+from ..modules import weights_once
 from .faults import BatchLimit
 
 
@@ -89,7 +90,8 @@ def advance(chain, stream, start, stop, device, batch_size=8, dtype=None):
         tuple[Stream, Stream]: the states after `stop`, and the side outputs on the way.
     """
     limit = BatchLimit(batch_size, f'{chain.name} between its units', _log)
-    return limit.run(lambda size: _advance(chain, stream, start, stop, device, size, dtype))
+    with weights_once([m for leaf in chain.leaves[start:stop] for m in leaf.modules]):
+        return limit.run(lambda size: _advance(chain, stream, start, stop, device, size, dtype))
 
 
 def _log(line):

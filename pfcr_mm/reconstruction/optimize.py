@@ -9,7 +9,7 @@ import torch
 
 from .. import parallel
 from ..errors import UsageError
-from ..modules import QuantLayer, quantizers_of
+from ..modules import QuantLayer, quantizers_of, weights_once
 from .build_loss import build_loss, check_loss, check_shareable
 from .capture import split
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
@@ -145,8 +145,9 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     modules = unit_modules(chain, unit)
 
     def evaluate():
-        own = limit.run(lambda size: _held_out_loss(
-            chain, unit, quantized_inputs, targets, held(accept_on), loss_of, size, device))
+        with weights_once(modules):
+            own = limit.run(lambda size: _held_out_loss(
+                chain, unit, quantized_inputs, targets, held(accept_on), loss_of, size, device))
         return parallel.total(own) / max(1, roll.rows_of(accept_on))
 
     def check(loss, what, mine):
@@ -305,7 +306,8 @@ class LearnedParameters:
             parameter.requires_grad_(True)
         if self.parameters:
             self.optimizer = torch.optim.Adam(
-                [dict(params=params, lr=lr, base_lr=lr) for lr, params in groups.items()])
+                [dict(params=params, lr=lr, base_lr=lr) for lr, params in groups.items()],
+                fused=all(p.device.type in ('cpu', 'cuda') for p in self.parameters))
         return self
 
     def set_progress(self, progress):
@@ -331,9 +333,10 @@ class LearnedParameters:
         for quantizer in self.activations if batch else ():
             quantizer.noise = batch.noise
         for state, target, share in batch.parts(limit) if batch else ():
-            output, side = chain.run(state, unit.start, unit.stop)
-            loss = loss_of(output.tensors + side, target) * share
-            loss.backward()
+            with weights_once(self.modules):
+                output, side = chain.run(state, unit.start, unit.stop)
+                loss = loss_of(output.tensors + side, target) * share
+                loss.backward()
             total = total.to(loss) + loss.detach()
         return total
 

@@ -1,0 +1,49 @@
+"""Work on large tensors in blocks that stay in the cache, where several passes are made."""
+import torch
+
+SIZE = 2**16  # numbers in a block
+
+
+def dense_like(x):
+    """An empty tensor shaped like `x` without gaps; a transposed matrix stays transposed."""
+    if x.dim() > 1 and x.stride(-1) != 1 and x.stride(-2) == 1:
+        return torch.empty_like(x.mT, memory_format=torch.contiguous_format).mT
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def blocks(tensors, scales):
+    """Parts of tensors of one shape, along the first axis, with what belongs of the scales.
+
+    Tensors on a GPU come in one piece, and so does what is small.
+
+    Args:
+        tensors (tuple[Tensor]): all of one shape; a part is a view.
+        scales (tuple[Tensor]): all of one shape that broadcasts against the tensors.
+
+    Yields:
+        list[Tensor]: a part of each tensor and of each scale.
+    """
+    first = tensors[0]
+    if first.device.type != 'cpu' or first.numel() < 2 * SIZE:
+        yield [*tensors, *scales]
+        return
+    if scales[0].numel() == 1 and all(t.is_contiguous() for t in tensors):
+        tensors = [t.view(-1) for t in tensors]
+        scales = [s.view(1) for s in scales]
+    rows = max(1, SIZE * len(tensors[0]) // first.numel())
+    sliced = scales[0].dim() == tensors[0].dim() and len(scales[0]) > 1
+    for start in range(0, len(tensors[0]), rows):
+        part = slice(start, start + rows)
+        yield [*(t[part] for t in tensors), *(s[part] if sliced else s for s in scales)]
+
+
+def between(grad, x, low, high, out):
+    """`grad` where low < x < high, else 0 (also where it is no number there), in one pass."""
+    return torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=out)
+
+
+def dot(a, b):
+    """Sum of the products of two tensors without gaps; nothing is allocated."""
+    return torch.dot(a.view(-1), b.view(-1))
