@@ -12,10 +12,10 @@ from pfcr_mm.reconstruction import UnitConfig
 from pfcr_mm.reconstruction.optimize import LearnedParameters, unit_modules
 
 
-def close(got, want):
+def close(got, want, tolerance=2e-4):
     """Equal up to the order of summation."""
     error = (got - want).norm() / want.norm().clamp(min=1e-12)
-    assert error < 2e-4, f'relative error {error:.2g}'
+    assert error < tolerance, f'relative error {error:.2g}'
 
 
 @pytest.mark.parametrize('rounding', ['latent', 'adaround'])
@@ -70,7 +70,7 @@ def test_large_tensors_in_blocks(kind, layout):
     apart = (found[0][0] - found[1][0]).abs() > 1e-5 * found[1][0].abs() + 1e-7
     assert apart.sum() <= 3
     for got, want in zip(found[0][1:], found[1][1:]):
-        close(got, want)
+        close(got, want, 2e-3)
 
 
 def test_the_twin_is_straight():
