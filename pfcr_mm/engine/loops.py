@@ -14,7 +14,7 @@ from ..models.checkpoint import save_quantized
 from ..models.reparam import fold_alike, make_channelwise
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import ChainReconstructor, Faults, calibrate, harden, observe, roi
-from ..reconstruction.build_loss import check_shareable, parse_loss
+from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
 from ..reconstruction.faults import check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
@@ -151,8 +151,8 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         self.arrange()
         for (number, _), units in self.plan().items():
             for unit in units:
-                loss = self.unit_config(number, unit).loss
-                check_shareable(parse_loss(loss)[0], loss)
+                for loss in losses_in(self.unit_config(number, unit).loss):
+                    check_shareable(parse_loss(loss)[0], loss)
         self.images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note)
