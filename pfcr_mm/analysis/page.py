@@ -88,7 +88,8 @@ def _numbers(report):
 
 def _heading(report):
     bits = report['bits']
-    return f"{report['model']}, W{bits['weight']}A{bits['activation']}"
+    return ', '.join([report['model'], f"W{bits['weight']}A{bits['activation']}",
+                      *filter(None, [report.get('method')])])
 
 
 def _summary(report):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from ..engine.fingerprint import fingerprint
+from ..engine.method import method_name
 from ..errors import UsageError
 from ..models.manifest import build_manifest
 from .diagnose import diagnose, untouched
@@ -88,7 +89,9 @@ def _records(cfg, path, quantized, notes):
     except (ValueError, KeyError, TypeError, OSError) as error:
         notes.append(f'report.json beside {path.name} cannot be read ({type(error).__name__})')
     quant = quantized.quant_config
+    named = cfg.get('method') or cfg.get('method_file')  # else nobody knows
     return dict(model=type(quantized).__name__, config=fingerprint(cfg),
+                method=method_name(cfg, [None]) if named else None,
                 bits=dict(weight=quant.weight_bits, activation=quant.activation_bits),
                 size_mb=dict(quantized=path.stat().st_size / 1e6),
                 layers=build_manifest(quantized)['layers'])
