@@ -53,7 +53,7 @@ def test_all_of_them_are_there():
 @pytest.mark.parametrize('method', NAMES)
 def test_a_method_says_nothing_of_bits_or_data(method):
     cfg = Config.fromfile(REPO / 'configs' / '_base_' / 'methods' / f'{method}.py').to_dict()
-    assert set(cfg) <= {'model', 'quantize_cfg'}
+    assert set(cfg) <= {'model', 'quantize_cfg', 'method'}
     assert set(cfg.get('model', {})) <= {'quant'}
     assert not {'weight_bits', 'activation_bits'} & set(cfg.get('model', {}).get('quant', {}))
 
