@@ -45,6 +45,11 @@ def write_config(path, cfg):
     return path
 
 
+def wants_report(cfg):
+    """Whether a hook that writes report.json is left in a config."""
+    return 'pfcr_mm.ReportHook' in repr(cfg.get('quantize_hooks'))
+
+
 def places(value, path=()):
     """All keys of nested data, as tuples."""
     items = value.items() if isinstance(value, dict) else (

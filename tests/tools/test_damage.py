@@ -48,14 +48,17 @@ def results(folder, value=1.0, report='{}'):
 
 
 def test_results_must_be_whole_and_the_same(tmp_path):
-    whole, ok = results(tmp_path / 'whole'), Result(0, '', '')
-    assert damage_test.judge_run(ok, results(tmp_path / 'same'), whole) == 'worked'
-    assert damage_test.judge_run(ok, results(tmp_path / 'other', 2.0)) == 'worked'
-    assert damage_test.judge_run(ok, tmp_path / 'other', whole) == 'wrong result'
-    assert damage_test.judge_run(ok, results(tmp_path / 'nan', float('nan'))) == 'wrong result'
-    assert damage_test.judge_run(ok, results(tmp_path / 'cut', report='{')) == 'half-written file'
+    whole = results(tmp_path / 'whole')
+    assert damage_test.judge_run(results(tmp_path / 'same'), whole) == 'worked'
+    assert damage_test.judge_run(results(tmp_path / 'other', 2.0)) == 'worked'
+    assert damage_test.judge_run(tmp_path / 'other', whole) == 'wrong result'
+    assert damage_test.judge_run(results(tmp_path / 'nan', float('nan'))) == 'wrong result'
+    assert damage_test.judge_run(results(tmp_path / 'cut', report='{')) == 'half-written file'
+    (tmp_path / 'other' / 'report.json').unlink()  # as where a config has no hook that writes it
+    assert damage_test.judge_run(tmp_path / 'other') == 'half-written file'
+    assert damage_test.judge_run(tmp_path / 'other', reports=False) == 'worked'
     (tmp_path / 'same' / 'quantized.pth').write_bytes(b'PK')
-    assert damage_test.judge_run(ok, tmp_path / 'same', whole) == 'half-written file'
+    assert damage_test.judge_run(tmp_path / 'same', whole) == 'half-written file'
 
 
 def test_a_case_depends_on_its_number_alone():

@@ -40,7 +40,7 @@ from pfcr_mm.registry import HOOKS
 
 sys.path.insert(0, str(Path(__file__).parents[2] / 'tests'))
 from demo_runs import W4A4, data_options, options_as_dict, save_tiny  # noqa: E402
-from mutations import OPTIONS, edit, harm, write_config  # noqa: E402
+from mutations import OPTIONS, edit, harm, wants_report, write_config  # noqa: E402
 
 # What may come of a case; whatever else `judge` says is a mistake of ours.
 WORKED, REFUSED, ENDED = 'worked', 'refused', 'ended on the way'
@@ -194,7 +194,8 @@ def mutated_config(bench, folder, draw):
     config = write_config(folder / 'mutated.py', cfg)
     run = folder / 'run'
     result = call(quant_main, config, bench.float, '--work-dir', run)
-    return '; '.join(done), result, judge(result, 'quant.py', folder) or judge_run(result, run)
+    verdict = judge(result, 'quant.py', folder) or judge_run(run, reports=wants_report(cfg))
+    return '; '.join(done), result, verdict
 
 
 def damaged_checkpoint(bench, folder, draw):
@@ -207,7 +208,7 @@ def damaged_checkpoint(bench, folder, draw):
         path.write_bytes(damage(path.read_bytes()))
         before = kept.read_bytes()
         result = call(quant_main, bench.config, bench.float, '--work-dir', run, '--resume')
-        verdict = judge(result, 'quant.py', folder) or judge_run(result, run, bench.whole)
+        verdict = judge(result, 'quant.py', folder) or judge_run(run, bench.whole)
         if verdict == REFUSED and (not kept.exists() or kept.read_bytes() != before):
             verdict = 'lost the checkpoint before'
         return done, result, verdict
@@ -216,7 +217,7 @@ def damaged_checkpoint(bench, folder, draw):
     path.write_bytes(damage(source.read_bytes()))
     if kind == 'float.pth':
         result = call(quant_main, bench.config, path, '--work-dir', run)
-        verdict = judge(result, 'quant.py', folder) or judge_run(result, run, bench.whole)
+        verdict = judge(result, 'quant.py', folder) or judge_run(run, bench.whole)
         return done, result, verdict
     result = call(test_main, bench.config, path, '--work-dir', run)
     verdict = judge(result, 'test.py', folder)
@@ -248,10 +249,11 @@ def judge(result, program, folder):
     return {2: REFUSED, 1: ENDED}.get(result.code, f'exit code {result.code}')
 
 
-def judge_run(result, run, same_as=None):
+def judge_run(run, same_as=None, reports=True):
     """Whether a run that worked left whole results, those of `same_as` where it is given."""
     try:
-        json.loads((run / 'report.json').read_text())
+        if reports:
+            json.loads((run / 'report.json').read_text())
         state = read_checkpoint(run / 'quantized.pth')['state_dict']
     except (OSError, ValueError, UsageError):
         return 'half-written file'
