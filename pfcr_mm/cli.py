@@ -182,6 +182,8 @@ def read_config(args):
         raise UsageError(f'the config has no {args.split}_dataloader, which AP is measured on')
     if args.split == 'val':
         cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.get('val_evaluator')
+    from .engine.method import check_name
+    check_name(cfg)
     init_default_scope(cfg.get('default_scope', 'mmdet'))
     return cfg
 
@@ -198,6 +200,7 @@ def _lay_over(cfg, path):
         raise UsageError(
             f'method {path} cannot be read: {type(error).__name__}: {error}') from None
     cfg.merge_from_dict(over)
+    cfg.method, cfg.method_file = over.get('method'), str(path)
 
 
 def make_work_dir(cfg):

@@ -8,7 +8,7 @@ evaluates on the 103 val images.
 _base_ = ['../coco_mini/mask-rcnn_vit-ti_coco-mini.py', './pfcr.py']
 
 model = dict(type='pfcr_mm.QuantDetector', arch='MaskRCNN')
-load_from = 'work_dirs/coco_mini_float/iter_1600.pth'
+load_from = 'work_dirs/coco_mini_float/iter_4400.pth'
 default_hooks = dict(logger=dict(interval=1000))
 
 data_root = '{{$COCO_MINI:data/coco_mini/}}'
@@ -29,15 +29,14 @@ test_evaluator = dict(ann_file=parts + 'rest.json')
 
 quantize_cfg = dict(
     calibration=dict(images=96, held_out=16, search_images=32),
-    levels=['leaf', 'block', 'pair', 'group', 'double', 'backbone'],
+    levels=['leaf', 'block', 'pair', 'quad', 'backbone'],
     reconstruction=dict(
         iters=60, batch_size=4, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=1e-3,
         bias_lr=5e-4,
         per_level=dict(
             leaf=dict(iters=40),
             pair=dict(iters=80, weight_lr=4e-4),
-            group=dict(iters=80, weight_lr=3e-4, scale_lr=3e-3),
-            double=dict(iters=100, weight_lr=2e-4, scale_lr=2e-3),
+            quad=dict(iters=80, weight_lr=3e-4, scale_lr=3e-3),
             backbone=dict(iters=120, weight_lr=1e-4, scale_lr=1e-3))),
     head_reconstruction=dict(
         iters=100,

@@ -5,6 +5,7 @@ pfcr_maskrcnn_swin_demo_w2a4.py has (14 x 222 against 3110 in the backbone).
 """
 _base_ = '../_base_/demo.py'
 
+method = 'blocks only'
 model = dict(quant=dict(weight_bits=2, activation_bits=4))
 quantize_cfg = dict(
     levels=['block'], pos=dict(mode='off'),

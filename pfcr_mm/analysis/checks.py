@@ -1,30 +1,75 @@
 """Checks that speak: named warnings, each with what was found and what to do about it.
 
-A check is a function of the report that yields (found, advice), one a place. They read
-only what report.json holds, so a report can be checked again from the file alone.
+A check is a function of the report and of `Limits` that yields (found, advice), one a place.
+They read only what report.json holds, so a report can be checked again from the file alone.
 """
+import math
+from dataclasses import dataclass, fields
 from statistics import median
 
-EARLY_DB = 8.0  # least SQNR of the first quarter of the backbone
-JUMP_DB = 6.0  # what one leaf may take off the SQNR
-END_DB = 6.0  # least SQNR behind the backbone where the error has grown all the way
-DROP_DB = 12.0  # where a jump counts: SQNR behind it below this
-LAYER_DB = 8.0  # local SQNR of a layer that is suspicious ...
-LAYER_BELOW = 8.0  # ... where it is so far below the median of its kind
-ENTROPY_LOST = 0.5  # share of a head's entropy that may go
-ENTROPY_SHIFT = 0.15  # and least change that counts
-RANGE_FACTOR = 1.6  # ratio of the widths of an activation's range
-CLIPPED = 0.05  # share of values beyond a grid
-CLASS_LOST = 0.3  # share of its AP that a class may lose
-CLASS_LEAST = 0.05  # AP of a class that is worth looking at
-FEW_IMAGES = 32
+from ..errors import UsageError
+
 SHOWN = 3  # places named by a check; the rest is counted
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From where on a check speaks. Set by hand, from the demo detector.
+
+    Args:
+        early_db (float): least SQNR (dB) of the first quarter of the backbone.
+        jump_db (float): what one leaf may take off the SQNR ...
+        drop_db (float): ... where the SQNR behind it is below this.
+        end_db (float): least SQNR behind the backbone where the error has grown all the way.
+        layer_db (float): local SQNR of a layer that is suspicious ...
+        layer_below (float): ... where it is so far below the median of its kind.
+        entropy_lost (float): share of a head's entropy that may go ...
+        entropy_shift (float): ... and least change that counts.
+        range_factor (float): ratio of the widths of an activation's range.
+        clipped (float): share of values beyond a grid.
+        class_lost (float): share of its AP that a class may lose ...
+        class_least (float): ... where its AP was at least this.
+        few_images (int): least number of calibration images.
+
+    Example:
+        >>> Limits.build(dict(few_images=64)).few_images
+        64
+    """
+
+    early_db: float = 8.0
+    jump_db: float = 6.0
+    drop_db: float = 12.0
+    end_db: float = 6.0
+    layer_db: float = 8.0
+    layer_below: float = 8.0
+    entropy_lost: float = 0.5
+    entropy_shift: float = 0.15
+    range_factor: float = 1.6
+    clipped: float = 0.05
+    class_lost: float = 0.3
+    class_least: float = 0.05
+    few_images: int = 32
+
+    @classmethod
+    def build(cls, given=None, key='checks'):
+        """From a dict of some of them; UsageError for an unknown name or no number."""
+        if given is not None and not isinstance(given, dict):
+            raise UsageError(f'{key}={given!r} is no dict')
+        known = [field.name for field in fields(cls)]
+        for name, value in (given or {}).items():
+            if name not in known:
+                raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
+            if (not isinstance(value, (int, float)) or isinstance(value, bool)
+                    or not math.isfinite(value)):
+                raise UsageError(f'{key}.{name}={value!r} is not a number')
+        return cls(**(given or {}))
+
 
 CHECKS = {}  # name -> function
 
 
 def check(name):
-    """Decorator: `function(report)` yields (found, advice) pairs, worst first."""
+    """Decorator: `function(report, limits)` yields (found, advice) pairs, worst first."""
 
     def add(function):
         CHECKS[name] = function
@@ -33,18 +78,19 @@ def check(name):
     return add
 
 
-def run_checks(report):
+def run_checks(report, limits=None):
     """All checks on the contents of a report.
 
     Args:
         report (dict): see `build_report`, with `diagnostics`; keys may be missing.
+        limits (Limits | None): None has the defaults.
 
     Returns:
         list[dict]: name, found, advice; at most `SHOWN` of a name, and how many more.
     """
-    said = []
+    said, limits = [], limits or Limits()
     for name, function in CHECKS.items():
-        pairs = list(function(report))
+        pairs = list(function(report, limits))
         for found, advice in pairs[:SHOWN]:
             said.append(dict(name=name, found=found, advice=advice))
         if len(pairs) > SHOWN:
@@ -58,29 +104,29 @@ def _backbone(report):
 
 
 @check('early-layers-low-sqnr')
-def early_layers(report):
+def early_layers(report, limits):
     """The first quarter of the backbone loses much already: nothing behind can repair it."""
     points = _backbone(report)
     early = [p for p in points[:max(2, len(points) // 4)]
-             if p['quantized'] is not None and p['quantized'] < EARLY_DB]
+             if p['quantized'] is not None and p['quantized'] < limits.early_db]
     if early:
         worst = min(early, key=lambda p: p['quantized'])
         name = f"{worst['part']}.{worst['name']}"
         yield (f"{name} leaves with {worst['quantized']:.1f} dB, early in the backbone "
-               f'({EARLY_DB:.0f} dB or more is usual)',
+               f'({limits.early_db:.0f} dB or more is usual)',
                f"give it more bits: model.quant.overrides=[dict(pattern='{name}*', weight_bits=8, "
                'activation_bits=8)]')
 
 
 @check('attention-entropy-collapsed')
-def collapsed_entropy(report):
+def collapsed_entropy(report, limits):
     """A head that looked around looks at one key, or at all alike."""
-    heads = []
+    heads, kept = [], 1 - limits.entropy_lost
     for head in report['diagnostics'].get('attention') or ():
         before, after = head['float_entropy'], head['entropy']
-        if before is None or after is None or abs(before - after) < ENTROPY_SHIFT:
+        if before is None or after is None or abs(before - after) < limits.entropy_shift:
             continue
-        if after < (1 - ENTROPY_LOST) * before or (1 - after) < (1 - ENTROPY_LOST) * (1 - before):
+        if after < kept * before or (1 - after) < kept * (1 - before):
             heads.append(head)
     for head in sorted(heads, key=lambda h: -abs(h['entropy'] - h['float_entropy'])):
         yield (f"{head['name']} head {head['head']}: attention entropy goes from "
@@ -90,7 +136,7 @@ def collapsed_entropy(report):
 
 
 @check('activation-range-shifted')
-def range_shift(report):
+def range_shift(report, limits):
     """The input of a layer covers another range than in the float model."""
     shifted = []
     for entry in report['diagnostics'].get('activations') or ():
@@ -101,7 +147,7 @@ def range_shift(report):
         if before is None or after is None or before == after == 0:
             continue
         ratio = after / before if before else float('inf')
-        if ratio > RANGE_FACTOR or ratio < 1 / RANGE_FACTOR:
+        if ratio > limits.range_factor or ratio * limits.range_factor < 1:
             shifted.append((max(ratio, 1 / ratio if ratio else float('inf')), entry))
     for _, entry in sorted(shifted, key=lambda pair: -pair[0]):
         layer = entry['name'].removesuffix('.input_quantizer')
@@ -114,10 +160,10 @@ def range_shift(report):
 
 
 @check('activations-clipped')
-def clipped(report):
+def clipped(report, limits):
     """Much of an activation lies beyond its grid."""
     entries = [e for e in report['diagnostics'].get('activations') or ()
-               if e['clipped'] is not None and e['clipped'] > CLIPPED]
+               if e['clipped'] is not None and e['clipped'] > limits.clipped]
     for entry in sorted(entries, key=lambda e: -e['clipped']):
         yield (f"{entry['name']}: {100 * entry['clipped']:.0f}% of the values are clipped",
                'calibrate on more or other images (quantize_cfg.calibration.images), lower '
@@ -125,7 +171,7 @@ def clipped(report):
 
 
 @check('layer-far-below-its-kind')
-def weak_layers(report):
+def weak_layers(report, limits):
     """One layer adds much more error by itself than others of its kind."""
     entries = [e for e in report['diagnostics'].get('layers') or () if e['sqnr_db'] is not None]
     weak = []
@@ -133,7 +179,7 @@ def weak_layers(report):
         # Linear layers and matmuls of one number of bits are not alike; their names' ends are
         alike = [e['sqnr_db'] for e in entries if _kind(e) == _kind(entry)]
         usual = median(alike) if len(alike) > 2 else median(e['sqnr_db'] for e in entries)
-        if entry['sqnr_db'] < min(LAYER_DB, usual - LAYER_BELOW):
+        if entry['sqnr_db'] < min(limits.layer_db, usual - limits.layer_below):
             weak.append((usual - entry['sqnr_db'], usual, entry))
     for _, usual, entry in sorted(weak, key=lambda w: -w[0]):
         bits = f"W{entry['weight_bits'] or '-'}A{entry['activation_bits']}"
@@ -145,13 +191,13 @@ def weak_layers(report):
 
 
 @check('error-grows')
-def error_grows(report):
+def error_grows(report, limits):
     """The error grows from block to block, or jumps at one."""
     points = [p for p in _backbone(report) if p['quantized'] is not None]
     jumps = []
     for before, after in zip(points, points[1:]):
         lost = before['quantized'] - after['quantized']
-        if lost > JUMP_DB and after['quantized'] < DROP_DB:
+        if lost > limits.jump_db and after['quantized'] < limits.drop_db:
             jumps.append((lost, before, after))
     for _, before, after in sorted(jumps, key=lambda jump: -jump[0]):
         name = f"{after['part']}.{after['name']}"
@@ -163,7 +209,7 @@ def error_grows(report):
     blocks = {p['block']: p['quantized'] for p in points if p['block'] is not None}
     values = list(blocks.values())
     falls = sum(b < a for a, b in zip(values, values[1:]))
-    if (not jumps and len(values) >= 4 and values[-1] < END_DB
+    if (not jumps and len(values) >= 4 and values[-1] < limits.end_db
             and falls >= 0.75 * (len(values) - 1)):
         yield (f'SQNR falls in {falls} of {len(values) - 1} steps from block to block, from '
                f'{values[0]:.1f} dB to {values[-1]:.1f} dB',
@@ -172,7 +218,7 @@ def error_grows(report):
 
 
 @check('units-all-restored')
-def all_restored(report):
+def all_restored(report, limits):
     """Learning never helped: everything of a part and level was undone."""
     groups = {}
     for unit in report.get('units') or ():
@@ -194,7 +240,7 @@ def all_restored(report):
 
 
 @check('class-lost-most-of-its-ap')
-def lost_classes(report):
+def lost_classes(report, limits):
     """The average hides a class that is gone."""
     by_class = report.get('classes') or {}
     losers = []
@@ -202,9 +248,9 @@ def lost_classes(report):
         start = by_class.get('float', {}).get(metric, {})
         for name, value in by_class.get('quantized', {}).get(metric, {}).items():
             before = start.get(name)
-            if before and value is not None and before >= CLASS_LEAST:
+            if before and value is not None and before >= limits.class_least:
                 share = 1 - value / before
-                if share > CLASS_LOST:
+                if share > limits.class_lost:
                     losers.append((share, name, kind, before, value))
     for share, name, kind, before, value in sorted(losers, reverse=True):
         yield (f'class {name!r} lost {100 * share:.0f}% of its {kind} AP: {100 * before:.1f} to '
@@ -216,12 +262,12 @@ def lost_classes(report):
 
 
 @check('few-calibration-images')
-def few_images(report):
+def few_images(report, limits):
     """Scales and roundings are learned by heart."""
     images = (report.get('calibration') or {}).get('images')
-    if images is not None and images < FEW_IMAGES:
+    if images is not None and images < limits.few_images:
         yield (f'only {images} images calibrate',
-               f'take {FEW_IMAGES} or more, better 256: quantize_cfg.calibration.images')
+               f'take {limits.few_images} or more, better 256: quantize_cfg.calibration.images')
 
 
 def _width(low, high):

@@ -2,17 +2,18 @@
 import math
 from statistics import median
 
-from .style import COLOURS, LABELS, MARKERS, brief_part, figure, title
+from .style import COLOURS, MARKERS, brief_part, figure, title
 
 _MOST_CLASSES = 25
 
 
-def classes(by_class, metric):
+def classes(by_class, metric, labels):
     """AP of each class, those that lost most first; None without figures.
 
     Args:
         by_class (dict): AP (0 to 1) by state, metric ('bbox', 'segm') and class.
         metric (str): which.
+        labels (dict[str, str]): what each state is called.
     """
     states = {state: found[metric] for state, found in by_class.items() if found.get(metric)}
     if 'quantized' not in states or 'float' not in states:
@@ -32,11 +33,11 @@ def classes(by_class, metric):
                  for n in shown], color=COLOURS['grey'], lw=1)
     for state, found in states.items():
         axis.plot([100 * found[n] if found.get(n) is not None else math.nan for n in shown], rows,
-                  MARKERS[state], color=COLOURS[state], label=LABELS[state], ms=6,
+                  MARKERS[state], color=COLOURS[state], label=labels[state], ms=6,
                   mfc='none' if state == 'float' else COLOURS[state])
     axis.set_yticks(rows, [f'{n}  ({_signed(-100 * lost[n])})' for n in shown])
     axis.invert_yaxis()
-    axis.set_xlabel(f'{kind} AP (percent); in brackets: PFCR minus float')
+    axis.set_xlabel(f'{kind} AP (percent); in brackets: {labels["quantized"]} minus float')
     axis.legend(fontsize=8, loc='best')
     worst = names[0]
     finding = (f'{worst} lost most ({100 * lost[worst]:.1f} points)' if lost[worst] > 0

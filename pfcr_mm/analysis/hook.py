@@ -10,8 +10,10 @@ from ..models.checkpoint import quantized_state, save_atomically, share_storage
 from ..models.manifest import build_manifest
 from ..reconstruction import harden
 from ..registry import HOOKS
+from .checks import Limits
 
 CALIBRATED = 'calibrated.pth'
+_KEY = 'DiagnosticsHook of quantize_hooks: checks'
 
 
 @HOOKS.register_module()
@@ -22,12 +24,14 @@ class DiagnosticsHook(Hook):
 
     Args:
         enabled (bool): False does nothing.
+        checks (dict | None): from where on a check warns, see `Limits`.
     """
 
     priority = 'LOWEST'  # behind ReportHook and, listed after it, UnitCheckpointHook
 
-    def __init__(self, enabled=True):
+    def __init__(self, enabled=True, checks=None):
         self.enabled = enabled
+        self.limits = Limits.build(checks, _KEY)
 
     def calibrated_model(self, runner, model):
         """Save a copy of the only calibrated model (`calibrated.pth`); it is given away."""
@@ -47,10 +51,18 @@ class DiagnosticsHook(Hook):
             return
         try:
             from .report import report_run
-            report_run(runner)
+            report_run(runner, self.limits)
         except Exception as error:
             _warn(runner, 'report.html was not written (the result of the run is complete; '
                   'tools/report.py makes the report from it)', error)
+
+
+def limits_of(cfg):
+    """The limits that a config gives to its DiagnosticsHook; the defaults where it has none."""
+    for hook in cfg.get('quantize_hooks') or ():
+        if isinstance(hook, dict) and str(hook.get('type')).endswith('DiagnosticsHook'):
+            return Limits.build(hook.get('checks'), _KEY)
+    return Limits()
 
 
 def _warn(runner, what, error):

@@ -17,7 +17,7 @@ PAGE = 'report.html'
 _TEMPLATES = Path(__file__).with_name('templates')
 
 
-def write_page(folder, report, diagnostics, material, curves):
+def write_page(folder, report, diagnostics, material, curves, limits=None):
     """Write report.html and its figures, and what they say into report.json.
 
     Where there is no report.json of the run, the numbers go to diagnostics.json.
@@ -27,6 +27,7 @@ def write_page(folder, report, diagnostics, material, curves):
         report (dict): contents of report.json, or what is known without.
         diagnostics (dict), material (Material): from `diagnose`.
         curves (list[dict]): lines of units.jsonl.
+        limits (Limits | None): of the checks.
 
     Returns:
         list[dict]: the checks that found something.
@@ -35,7 +36,7 @@ def write_page(folder, report, diagnostics, material, curves):
         OSError, FaultError: something could not be written; what was there is whole.
     """
     report = finite(dict(report, diagnostics=diagnostics))
-    report['checks'] = run_checks(report)
+    report['checks'] = run_checks(report, limits)
     folder = Path(folder)
     page, pictures = render(report, material, curves)
     target = folder / FIGURES
@@ -87,7 +88,8 @@ def _numbers(report):
 
 def _heading(report):
     bits = report['bits']
-    return f"{report['model']}, W{bits['weight']}A{bits['activation']}"
+    return ', '.join([report['model'], f"W{bits['weight']}A{bits['activation']}",
+                      *filter(None, [report.get('method')])])
 
 
 def _summary(report):

@@ -4,15 +4,16 @@ import os
 from pathlib import Path
 
 from ..engine.fingerprint import fingerprint
+from ..engine.method import method_name
 from ..errors import UsageError
 from ..models.manifest import build_manifest
 from .diagnose import diagnose, untouched
-from .hook import CALIBRATED
+from .hook import CALIBRATED, limits_of
 from .page import PAGE, write_page
 from .twins import load_twin
 
 
-def report_run(runner):
+def report_run(runner, limits=None):
     """Report on what a runner has just quantized; its loop has written report.json."""
     loop, folder = runner.quantize_loop, Path(runner.work_dir)
     report = json.loads((folder / 'report.json').read_text())
@@ -20,7 +21,7 @@ def report_run(runner):
     with untouched():  # building a model draws random weights
         calibrated = _calibrated(runner.cfg, folder, report, notes)
     found, material = diagnose(runner.cfg, runner.model, loop.teacher, calibrated, notes)
-    checks = write_page(folder, report, found, material, _curves(folder))
+    checks = write_page(folder, report, found, material, _curves(folder), limits)
     for line in check_lines(checks):
         runner.logger.warning(line)
     runner.logger.info(f"Wrote {folder / PAGE} in {found['seconds']:.0f} s (pictures included: "
@@ -40,9 +41,10 @@ def report_checkpoint(cfg, path, folder):
 
     Raises:
         UsageError: a checkpoint is missing or of another model, the folder cannot be
-        written to.
+        written to, the config's limits of checks are none.
     """
     path, folder, notes = Path(path), Path(folder), []
+    limits = limits_of(cfg)
     _check_writable(folder)
     quantized = load_twin(cfg, path)
     if not hasattr(quantized, 'quant_config') or not any(
@@ -62,7 +64,7 @@ def report_checkpoint(cfg, path, folder):
     found, material = diagnose(cfg, quantized, floating, calibrated, notes)
     curves = _curves(path.parent) if 'units' in report else []
     try:
-        return write_page(folder, report, found, material, curves)
+        return write_page(folder, report, found, material, curves, limits)
     except OSError as error:
         raise UsageError(f'the report cannot be written to {folder}: {error.strerror}') from None
 
@@ -87,7 +89,9 @@ def _records(cfg, path, quantized, notes):
     except (ValueError, KeyError, TypeError, OSError) as error:
         notes.append(f'report.json beside {path.name} cannot be read ({type(error).__name__})')
     quant = quantized.quant_config
+    named = cfg.get('method') or cfg.get('method_file')  # else nobody knows
     return dict(model=type(quantized).__name__, config=fingerprint(cfg),
+                method=method_name(cfg, [None]) if named else None,
                 bits=dict(weight=quant.weight_bits, activation=quant.activation_bits),
                 size_mb=dict(quantized=path.stat().st_size / 1e6),
                 layers=build_manifest(quantized)['layers'])

@@ -2,9 +2,9 @@
 from dataclasses import dataclass, field
 from statistics import median
 
+from ..engine.method import labels
 from . import figures, signal_figures
 from .gallery import gallery
-from .style import LABELS
 from .tables import Table, brief, number, text
 
 _STATES = ('float', 'calibrated', 'quantized')
@@ -50,16 +50,16 @@ def sections(report, material, curves):
     Returns:
         list[Section]
     """
-    found = report['diagnostics']
-    return [results(report), reconstruction(report, curves), propagation(found),
-            attention(found, material), activations(found, material), weights(found),
+    found, names = report['diagnostics'], labels(report)
+    return [results(report), reconstruction(report, curves), propagation(found, names),
+            attention(found, material, names), activations(found, material, names), weights(found),
             detections(found, material), layers(report)]
 
 
 def results(report):
     """AP (or accuracy) of each state, by size and class; sizes on disk; phases."""
     section = Section('result', 'Result')
-    states = [s for s in _STATES if report.get(s)]
+    states, names = [s for s in _STATES if report.get(s)], labels(report)
     if not states:
         section.missing.append(f'{_NO_RECORD}AP and time are not known. tools/test.py measures '
                                'the AP of the quantized model.')
@@ -67,7 +67,7 @@ def results(report):
     size = report.get('size_mb') or {}
     rows = []
     for state in states:
-        cells = [text(LABELS[state])]
+        cells = [text(names[state])]
         for metric in metrics:
             cells.append(number(report[state].get(metric), 1, 100))
             reference = (report.get('float') or {}).get(metric)
@@ -78,11 +78,11 @@ def results(report):
         head = [c for m in metrics for c in (_METRICS[m], '% of float')]
         section.tables.append(Table('results', 'In percent; size in MB', ['', *head, 'size'], rows,
                                     open=True))
-    _by_size(section, report, states)
+    _by_size(section, report, states, names)
     for metric, label in (('bbox', 'box'), ('segm', 'mask')):
         by_class = report.get('classes') or {}
-        section.add(f'classes_{metric}', figures.classes(by_class, metric))
-        _class_table(section, by_class, metric, label)
+        section.add(f'classes_{metric}', figures.classes(by_class, metric, names))
+        _class_table(section, by_class, metric, label, names)
     if report.get('phases'):
         section.tables.append(Table(
             'phases', 'Time and peak memory by phase', ['phase', 'seconds', 'peak memory (MB)'],
@@ -91,7 +91,7 @@ def results(report):
     return section
 
 
-def _by_size(section, report, states):
+def _by_size(section, report, states, names):
     measured = {}
     for state in states:
         for key, value in ((report.get('metrics') or {}).get(state) or {}).items():
@@ -105,10 +105,10 @@ def _by_size(section, report, states):
                     number(None if v is None or v < 0 else v, 1, 100) for v in values)])
     if rows:
         section.tables.append(Table('sizes', 'AP by size of objects and overlap, in percent',
-                                    ['', 'AP', *(LABELS[s] for s in states)], rows, open=True))
+                                    ['', 'AP', *(names[s] for s in states)], rows, open=True))
 
 
-def _class_table(section, by_class, metric, label):
+def _class_table(section, by_class, metric, label, labels_):
     states = [s for s in _STATES if by_class.get(s, {}).get(metric)]
     if 'quantized' not in states:
         return
@@ -121,7 +121,7 @@ def _class_table(section, by_class, metric, label):
     names = sorted(final, key=lambda n: (change(n) is None, change(n) or 0))
     section.tables.append(Table(
         f'classes-{metric}', f'{label} AP by class, in percent, those that lost most first',
-        ['class', *(LABELS[s] for s in states), 'PFCR minus float'],
+        ['class', *(labels_[s] for s in states), f"{labels_['quantized']} minus float"],
         [[text(n), *(number(by_class[s][metric].get(n), 1, 100) for s in states),
           number(change(n), 1, 100)] for n in names]))
 
@@ -171,7 +171,7 @@ def reconstruction(report, curves):
     return section
 
 
-def propagation(found):
+def propagation(found, names):
     """SQNR through the model."""
     section = Section('propagation', 'Error propagation', [
         'Signal-to-quantization-noise ratio (SQNR) of what leaves each leaf, each model fed with '
@@ -186,16 +186,16 @@ def propagation(found):
     if all(p['calibrated'] is None for p in points):
         section.missing.append('There is no calibrated.pth of this run: the curve of the only '
                                'calibrated model is left out.')
-    section.add('sqnr', signal_figures.propagation(points))
+    section.add('sqnr', signal_figures.propagation(points, names))
     section.tables.append(Table(
         'points', 'SQNR of every leaf, of the maps for the neck, of each output',
-        ['part', 'output', 'kind', 'calibrated only (dB)', 'PFCR (dB)'],
+        ['part', 'output', 'kind', f"{names['calibrated']} (dB)", f"{names['quantized']} (dB)"],
         [[text(p['part']), text(p['name']), text(p['kind']), number(p['calibrated'], 1),
           number(p['quantized'], 1)] for p in points]))
     return section
 
 
-def attention(found, material):
+def attention(found, material, names):
     """Entropy and values of attention."""
     section = Section('attention', 'Attention', [
         'Entropy of attention rows by head, as a share of the largest possible. Where the '
@@ -205,7 +205,7 @@ def attention(found, material):
     if not heads:
         section.missing.append('Left out: no quantized attention was seen.')
         return section
-    section.add('entropy', signal_figures.attention_entropy(heads))
+    section.add('entropy', signal_figures.attention_entropy(heads, names))
     section.add('softmax', signal_figures.softmax_values(found['activations'], material.samples))
     section.tables.append(Table(
         'heads', 'Every head', ['attention', 'head', 'entropy, float', 'entropy, quantized',
@@ -215,7 +215,7 @@ def attention(found, material):
     return section
 
 
-def activations(found, material):
+def activations(found, material, names):
     """Ranges, distributions and clipping of activations."""
     section = Section('activations', 'Activations', [
         'Range (0.1% to 99.9% of the values) of what arrives at each quantizer, in the float and '
@@ -225,7 +225,7 @@ def activations(found, material):
     if not entries:
         section.missing.append('Left out: no quantized activation was seen.')
         return section
-    section.add('ranges', signal_figures.ranges(entries))
+    section.add('ranges', signal_figures.ranges(entries, names))
     section.add('grids', signal_figures.grids(entries, material.samples, material.grids))
     section.tables.append(Table(
         'activations-all', 'Every activation quantizer',

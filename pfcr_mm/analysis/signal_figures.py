@@ -6,7 +6,7 @@ from statistics import median
 import torch
 
 from .activations import ROLES, tails
-from .style import COLOURS, LABELS, MARKERS, brief_part, figure, short, title
+from .style import COLOURS, MARKERS, brief_part, figure, short, title
 
 # Ends of quantizers' names, and what is left of them under an axis.
 _PLACES = {
@@ -17,8 +17,11 @@ _PLACES = {
 _TOP = 60.0  # dB; what is exact is drawn there
 
 
-def propagation(points):
-    """SQNR behind every leaf, through all parts; None without points."""
+def propagation(points, labels):
+    """SQNR behind every leaf, through all parts; None without points.
+
+    Here and below `labels` is what each state is called.
+    """
     points = [p for p in points if p['kind'] == 'leaf']
     if not points:
         return None
@@ -27,7 +30,7 @@ def propagation(points):
         values = [p[state] for p in points]
         if any(v is not None for v in values):
             axis.plot(range(len(points)), [_drawn(v) for v in values], marker=MARKERS[state],
-                      ms=4, lw=1, color=COLOURS[state], label=LABELS[state],
+                      ms=4, lw=1, color=COLOURS[state], label=labels[state],
                       ls='--' if state == 'calibrated' else '-')
     _parts(axis, [p['part'] for p in points])
     axis.set_xticks(range(len(points)), [short(p['name'], 22) for p in points], rotation=90,
@@ -44,7 +47,7 @@ def propagation(points):
     return made
 
 
-def attention_entropy(heads):
+def attention_entropy(heads, labels):
     """Entropy of each head, float against quantized; None without attention."""
     if not heads:
         return None
@@ -60,7 +63,7 @@ def attention_entropy(heads):
     bar.ax.tick_params(labelsize=7)
     for key, state in (('float_entropy', 'float'), ('entropy', 'quantized')):
         other.plot(depth, [h[key] for h in heads], MARKERS[state], color=COLOURS[state], ms=4,
-                   mfc='none' if state == 'float' else COLOURS[state], label=LABELS[state])
+                   mfc='none' if state == 'float' else COLOURS[state], label=labels[state])
     other.set_xticks(range(len(names)), [short(n, 16) for n in names], rotation=90, fontsize=6.5)
     other.set_ylabel('entropy of each head', fontsize=8)
     other.legend(fontsize=8)
@@ -99,7 +102,7 @@ def softmax_values(entries, samples):
     return made
 
 
-def ranges(entries):
+def ranges(entries, labels):
     """Range of activations by role and layer, float against quantized, with the grid's ends."""
     found = {role: [e for e in entries if e['role'] == role] for role in ROLES if role != 'other'}
     found = {role: chosen for role, chosen in found.items() if chosen}
@@ -112,7 +115,7 @@ def ranges(entries):
             x = [i + shift for i in range(len(chosen))]
             axis.vlines(x, [e[f'{key}low'] for e in chosen], [e[f'{key}high'] for e in chosen],
                         color=COLOURS[state], lw=3 if state == 'quantized' else 1.4,
-                        label=LABELS[state])
+                        label=labels[state])
         for key in ('grid_low', 'grid_high'):
             axis.plot(range(len(chosen)), [_or_nan(e[key]) for e in chosen], '_', ms=9,
                       color=COLOURS['bad'], label='ends of the grid' if 'low' in key else None)

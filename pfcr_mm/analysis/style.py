@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 COLOURS = dict(float='#000000', calibrated='#E69F00', quantized='#0072B2', bad='#D55E00',
                good='#009E73', grey='#8A8A8A')
 MARKERS = dict(float='s', calibrated='^', quantized='o')
-LABELS = dict(float='float', calibrated='calibrated only', quantized='PFCR')
 WIDTH = 9.0  # inches
 DPI = 110
 

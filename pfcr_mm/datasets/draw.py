@@ -9,12 +9,19 @@ def checked_draw(draw):
     if draw is None:
         return None
     known = dict(count=None, seed=0, rest=False)
+    if not isinstance(draw, dict):
+        raise UsageError(f'draw={draw!r} is no dict; give dict(count=..., seed=..., rest=...), or '
+                         'None for all images')
     for key in draw:
         if key not in known:
             raise UsageError(f'draw.{key} is not a known key; choose of {list(known)}')
     draw = {**known, **draw}
-    if not isinstance(draw['count'], int) or draw['count'] < 1:
-        raise UsageError(f"draw.count={draw['count']!r} is not an integer of 1 or more")
+    for key, least in (('count', 1), ('seed', 0)):
+        value = draw[key]
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UsageError(f'draw.{key}={value!r} is not an integer of {least} or more')
+    if not isinstance(draw['rest'], bool):
+        raise UsageError(f"draw.rest={draw['rest']!r} is not True or False")
     return draw
 
 

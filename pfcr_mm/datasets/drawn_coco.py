@@ -22,7 +22,8 @@ class DrawnCoco(CocoDataset):
 
     Args:
         source (str): the whole annotation file.
-        draw (dict): `count` and `seed` of images drawn, and `rest` for all others.
+        draw (dict | None): `count` and `seed` of images drawn, and `rest` for all others;
+            None takes all.
         ann_file (str): where the part goes; a file of other content is not overwritten.
 
     Raises:
@@ -40,7 +41,13 @@ class DrawnCoco(CocoDataset):
 
 
 def write_part(source, draw, path):
-    """Write the part of `source` that `draw` names to `path`, unless it is there."""
+    """Write the part of `source` that `draw` names to `path`, unless it is there.
+
+    Args:
+        source (str | Path): annotation file.
+        draw (dict | None): from `checked_draw`; None is all images.
+        path (str | Path): where to.
+    """
     try:
         whole = json.loads(Path(source).read_text())
         images = whole['images']
@@ -48,14 +55,14 @@ def write_part(source, draw, path):
         raise UsageError(f'annotation file {source} is missing') from None
     except (ValueError, KeyError, TypeError):
         raise UsageError(f'annotation file {source} is no COCO annotation file') from None
-    mark = dict(draw, source=Path(source).name, images=len(images))
+    mark = dict(draw or {}, source=Path(source).name, images=len(images))
     found = _read_mark(path)
     if found == mark:
         return
     if found is None and Path(path).exists():
         raise UsageError(f'{path} is there and was not drawn from {source}; '
                          'let ann_file name another file')
-    kept = drawn(images, draw, source)
+    kept = images if draw is None else drawn(images, draw, source)
     ids = {image['id'] for image in kept}
     part = dict(
         whole, images=kept, info={_MARK: mark},

@@ -5,7 +5,7 @@ import json
 # What says where and how a run is made, and not what is run.
 _CIRCUMSTANCES = ('work_dir', 'launcher', 'resume', 'trust_checkpoint', 'log_level',
                   'log_processor', 'visualizer', 'vis_backends', 'quantize_hooks',
-                  'default_hooks')
+                  'default_hooks', 'method', 'method_file')
 
 
 def fingerprint(cfg):

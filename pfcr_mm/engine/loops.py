@@ -4,59 +4,33 @@ config -> calibrate -> [POS stage 1 -> reparameterise -> POS stage 2] over the
 schedule -> heads -> harden -> evaluate -> save.
 """
 import copy
-import io
-from contextlib import redirect_stdout
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
-import torch
 from mmengine.runner import BaseLoop
 
 from .. import parallel
-from ..errors import UsageError
 from ..models import part_chains, reparameterise
 from ..models.checkpoint import save_quantized
 from ..models.reparam import fold_alike, make_channelwise
 from ..modules import QuantLayer, set_quantization
-from ..reconstruction import (
-    ChainReconstructor,
-    Faults,
-    POSConfig,
-    UnitConfig,
-    build_schedule,
-    calibrate,
-    harden,
-    observe,
-    roi,
-    share_iterations,
-)
-from ..reconstruction.build_loss import check_shareable, parse_loss
-from ..reconstruction.calibrate import METHODS
-from ..reconstruction.faults import ON_NONFINITE, check_seen
+from ..reconstruction import ChainReconstructor, Faults, calibrate, harden, observe, roi
+from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
+from ..reconstruction.faults import check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
-from .data import (
-    calibration_images,
-    check_dataset,
-    check_images,
-    check_worker,
-    nominal_size,
-    refuse_shared_images,
-)
-from .metrics import counted
-from .per_class import per_class
+from . import settings
+from .data import calibration_images, check_dataset
+from .measure import measure
 from .phases import Phase, peak_memory_mb
+from .planned import Planned
 from .resumable import Resumable
 from .signals import StopSignals
 
 CHECKPOINT = 'quantized.pth'
-_CALIBRATION = dict(
-    images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None)
 
 
 @LOOPS.register_module()
-class PFCRLoop(Resumable, BaseLoop):
+class PFCRLoop(Planned, Resumable, BaseLoop):
     """Progressive Fine-to-Coarse Reconstruction of a detector, part by part.
 
     Hooks are called at `before_quantize`, `calibrated_model` (a copy of the model as only
@@ -92,55 +66,20 @@ class PFCRLoop(Resumable, BaseLoop):
                  reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
                  evaluate=None, expected=None, total_iters=None, on_nonfinite='restore'):
         self._runner = runner
-        self.calibration = _known(_CALIBRATION, calibration, 'calibration')
-        if self.calibration['method'] not in METHODS:
-            raise UsageError(
-                f"quantize_cfg.calibration.method={self.calibration['method']!r} is not known; "
-                f'choose one of {METHODS}')
-        for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
-                           ('rows', 4)):
-            value = self.calibration[key]
-            if not _is_integer(value, least):
-                raise UsageError(
-                    f'quantize_cfg.calibration.{key}={value!r} is not an integer of {least} or '
-                    'more')
+        self.calibration = settings.calibration_of(calibration)
         self.levels = check_levels(levels, 'quantize_cfg.levels')
         self.head_levels = check_levels(head_levels, 'quantize_cfg.head_levels')
         self.traversal = traversal
         self.parts = [parts] if isinstance(parts, str) else list(parts)
-        try:
-            self.pos = POSConfig(**(pos or {}))
-        except TypeError as error:
-            raise UsageError(f'quantize_cfg.pos: {error}') from None
-        self.reconstruction = dict(reconstruction or {})
-        self.head_reconstruction = _merge(self.reconstruction, head_reconstruction or {})
-        for base in (self.reconstruction, self.head_reconstruction):
-            for level in ['leaf', *base.get('per_level', {})]:
-                UnitConfig.build(base, level, 'quantize_cfg.reconstruction')
-            check_levels(base.get('per_level', {}), 'quantize_cfg.reconstruction.per_level')
-        for i, step in enumerate(self.pos.steps):
-            UnitConfig.build(
-                step.get('reconstruction') or {}, 'leaf', f'quantize_cfg.pos.steps.{i}')
-        self.rois = _known(dict(proposals=64, detections=16), rois, 'rois')
-        for key, value in self.rois.items():
-            if not _is_integer(value, 0):
-                raise UsageError(
-                    f'quantize_cfg.rois.{key}={value!r} is not an integer of 0 or more')
-        self.cache_dtype = getattr(torch, cache_dtype, cache_dtype) if cache_dtype else None
-        if self.cache_dtype is not None and not isinstance(self.cache_dtype, torch.dtype):
-            raise UsageError(
-                f"quantize_cfg.cache_dtype={cache_dtype!r} is not known; choose 'float16', "
-                "'bfloat16', 'float32' or None")
-        self.evaluations = _known(dict(float=True, calibrated=True), evaluate, 'evaluate')
+        self.pos = settings.pos_of(pos)
+        self.reconstruction, self.head_reconstruction = settings.reconstruction_of(
+            reconstruction, head_reconstruction, self.pos)
+        self.rois = settings.rois_of(rois)
+        self.cache_dtype = settings.dtype_of(cache_dtype)
+        self.evaluations = settings.evaluate_of(evaluate)
         self.expected = expected
-        if total_iters is not None and (not isinstance(total_iters, int) or total_iters < 1):
-            raise UsageError(
-                f'quantize_cfg.total_iters={total_iters!r} is not an integer of 1 or more')
-        self.total_iters = total_iters
-        if on_nonfinite not in ON_NONFINITE:
-            raise UsageError(f'quantize_cfg.on_nonfinite={on_nonfinite!r} is not known; choose '
-                             f'one of {ON_NONFINITE}')
-        self.on_nonfinite = on_nonfinite
+        self.total_iters = settings.total_iters_of(total_iters)
+        self.on_nonfinite = settings.on_nonfinite_of(on_nonfinite)
         self.records, self.notes = [], []
         self.metrics, self.all_metrics, self.phases = {}, {}, {}
         self.folds = {}  # of the model and of its teacher
@@ -209,79 +148,18 @@ class PFCRLoop(Resumable, BaseLoop):
     def prepare(self):
         """Everything that can fail for a mistake in config or data, before any work."""
         check_dataset(self.runner.cfg.test_dataloader.dataset, 'test_dataloader')
-        self._arrange()
+        self.arrange()
         for (number, _), units in self.plan().items():
             for unit in units:
-                loss = self.unit_config(number, unit).loss
-                check_shareable(parse_loss(loss)[0], loss)
+                for loss in losses_in(self.unit_config(number, unit).loss):
+                    check_shareable(parse_loss(loss)[0], loss)
         self.images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note)
-        self._count(parallel.whole(parallel.Shard(
+        self.count(parallel.whole(parallel.Shard(
             (tuple(inputs.shape[-2:]) for inputs, _ in self.images), self.images.numbers)))
         self.teacher = copy.deepcopy(self.model)
         self.teacher_chains, _ = part_chains(self.teacher)
-
-    def rehearse(self):
-        """What a plan needs, from the config alone: no data, no checkpoint."""
-        self._arrange()
-        size = getattr(self.model, 'input_size', None) or nominal_size(self.runner.cfg)
-        self._count([size] * self.calibration['images'])
-
-    def _arrange(self):
-        """Chains, parts and schedules."""
-        self.model.eval()  # no DropPath, no dropout, in any phase
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-        set_quantization(self.model, False, False)
-        self.chains, self.without_chain = part_chains(self.model)
-        known = [*self.chains, *self.without_chain]
-        for key, patterns in (('parts', self.parts), ('pos.stage1_parts', self.pos.stage1_parts)):
-            for pattern in patterns:
-                if not any(fnmatchcase(part, pattern) for part in known):
-                    raise UsageError(
-                        f'quantize_cfg.{key}: {pattern!r} matches no part; choose of {known}')
-        self.schedules, self.stages = {}, {}
-        for stage in self.pos.stages(self.levels or self.head_levels):
-            self.stages[stage.number] = stage
-            self.schedules[stage.number] = self._schedules(stage)
-            if self.levels and not any(self.schedules[stage.number].values()):
-                chained = any(fnmatchcase(part, p) for part in self.chains for p in stage.parts)
-                why = (f'its levels {stage.levels} are not in quantize_cfg.levels {self.levels}'
-                       if chained else f'its parts {stage.parts} have no chain')
-                self.note(f'POS stage {stage.number} has no units: {why}')
-        self._share_iterations()
-
-    def _count(self, sizes):
-        """Take note of the calibration images' sizes (H, W)."""
-        self.image_sizes = sizes
-        self.held_out = min(self.calibration['held_out'], len(sizes) // 4)
-
-    def plan(self):
-        """Units by (POS stage, part), in order: what `run` is going to do."""
-        return {(number, part): units
-                for number, schedules in self.schedules.items()
-                for part, units in schedules.items()}
-
-    def unit_config(self, number, unit):
-        """`UnitConfig` of a unit in the stage `number` of POS, its iterations final."""
-        stage = self.stages[number]
-        base = self.reconstruction if unit.chain == 'backbone' else self.head_reconstruction
-        config = UnitConfig.build(base, unit.level, more=stage.reconstruction)
-        iters = self._iterations.get((number, unit))
-        return replace(config, iters=iters or max(1, round(config.iters * stage.shrink)))
-
-    def _share_iterations(self):
-        """Scale the iterations of all units to `total_iters`."""
-        self._iterations = {}
-        if self.total_iters is None:
-            return
-        units = [(number, unit) for (number, _), found in self.plan().items() for unit in found]
-        if self.total_iters < len(units):
-            raise UsageError(f'quantize_cfg.total_iters={self.total_iters} is less than one '
-                             f'iteration for each of the {len(units)} units')
-        counts = [self.unit_config(*unit).iters for unit in units]
-        self._iterations = dict(zip(units, share_iterations(counts, self.total_iters)))
 
     # --- phases --------------------------------------------------------------
 
@@ -356,24 +234,8 @@ class PFCRLoop(Resumable, BaseLoop):
     def measure(self, state, model):
         """Test `model` on the test split; what counts goes to metrics[state]."""
         with self._phase(f'evaluate {state}'):
-            current, self.runner.model = self.runner.model, model
-            try:
-                loop = self.runner.build_test_loop(self.runner._test_loop)
-                self.runner._test_loop = loop
-                refuse_shared_images(self.images, loop.dataloader.dataset)
-                with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
-                    with per_class() as classes:
-                        result = loop.run()
-            except UsageError:
-                raise
-            except Exception as error:
-                check_worker(error)
-                check_images(self.runner.test_dataloader.dataset)
-                raise
-            finally:
-                self.runner.model = current
-        self.metrics[state] = counted(result)
-        self.all_metrics[state] = {**result, **classes}
+            self.metrics[state], self.all_metrics[state] = measure(
+                self.runner, model, self.images)
 
     # --- helpers -------------------------------------------------------------
 
@@ -414,17 +276,6 @@ class PFCRLoop(Resumable, BaseLoop):
         for name in unreached if activations else ():
             self.note(f'{name}: no calibration data reached it; its input stays float')
 
-    def _schedules(self, stage):
-        levels = [lv for lv in stage.levels if lv in self.levels]
-        schedules = {}
-        for part, chain in self.chains.items():
-            wanted = all(any(fnmatchcase(part, p) for p in patterns)
-                         for patterns in (self.parts, stage.parts))
-            part_levels = levels if part == 'backbone' else self.head_levels
-            schedules[part] = build_schedule(
-                chain, part_levels, self.traversal, 'quantize_cfg.levels') if wanted else []
-        return schedules
-
     def _streams(self, part):
         """(quantized, float) streams into a part."""
         models = (self.model, self.teacher)
@@ -462,26 +313,6 @@ class PFCRLoop(Resumable, BaseLoop):
 
 def _weights_calibrated(model):
     return all(m.weight_quantizer.calibrated for m in model.modules() if isinstance(m, QuantLayer))
-
-
-def _is_integer(value, least):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _known(defaults, given, key):
-    if given is not None and not isinstance(given, dict):
-        raise UsageError(f'quantize_cfg.{key}={given!r} is no dict')
-    for name in given or {}:
-        if name not in defaults:
-            raise UsageError(
-                f'quantize_cfg.{key}.{name} is not a known key; choose of {list(defaults)}')
-    return {**defaults, **(given or {})}
-
-
-def _merge(base, extra):
-    merged = {**base, **{k: v for k, v in extra.items() if k != 'per_level'}}
-    merged['per_level'] = {**base.get('per_level', {}), **extra.get('per_level', {})}
-    return merged
 
 
 def _plain_meta(meta):

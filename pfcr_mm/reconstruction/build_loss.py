@@ -30,6 +30,14 @@ def loss_wants(cfg):
     return set(wants(options) if callable(wants) else wants)
 
 
+def losses_in(cfg):
+    """Configs of a loss and of all that it is made of (`parts` of its class)."""
+    cls, options = parse_loss(cfg)
+    yield cfg
+    for part in cls.parts(options) if hasattr(cls, 'parts') else ():
+        yield from losses_in(part)
+
+
 def check_shareable(loss, cfg):
     """Raise UsageError where several processes cannot compute a loss as one would.
 

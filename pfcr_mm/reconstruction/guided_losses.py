@@ -1,10 +1,11 @@
 """Losses that look further than a unit's output: its layers, the final output, curvature."""
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 
+from .. import parallel
 from ..errors import UsageError
 from ..models.chain import State
 from ..registry import RECONSTRUCTION_LOSSES
@@ -24,12 +25,20 @@ class LossContext:
         outputs (Stream): the float states after the unit.
         device (torch.device): where to compute.
         batch_size (int): images at a time.
+        mixed (list[MixedLoss]): that were built in it; see `take_first_values`.
     """
 
     view: object
     outputs: object
     device: torch.device
     batch_size: int = 8
+    mixed: list = field(default_factory=list)
+
+    def batches(self):
+        """The float states after the unit, of the images that this process holds."""
+        for bucket in self.outputs.buckets():
+            for k in range(0, len(bucket), self.batch_size):
+                yield self.outputs.batch(bucket[k:k + self.batch_size], self.device)
 
 
 def head_kl(logits, target, temperature=1.0):
@@ -50,6 +59,11 @@ class _Guided:
         for name in options:
             if name not in known:
                 raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
+        if 'other' in options:
+            check_loss(options['other'], f'{key}.other')
+            if loss_wants(options['other']) != {UNIT}:
+                raise UsageError(f"{key}.other={options['other']!r} looks further than the unit's "
+                                 "output; choose another, such as 'channel_mse'")
 
     @classmethod
     def from_context(cls, targets, channel_axis, context, options):
@@ -70,6 +84,11 @@ class HeadKL(_Guided):
     def shares_batches(self):
         """Whether processes may share a batch: as the loss in its place."""
         return self.other is None or getattr(self.other, 'shares_batches', False)
+
+    @staticmethod
+    def parts(options):
+        """The loss that may take its place."""
+        return [options.get('other', 'channel_mse')]
 
     def __init__(self, targets, channel_axis, context, temperature=1.0, other='channel_mse'):
         self.temperature = temperature
@@ -118,22 +137,24 @@ class LayersLoss(_Guided):
     """Local supervision: every weight layer inside the unit (IBLS of MGRQ).
 
     The distribution over channels that each layer's output makes: KL of softmaxes, mean
-    over positions and layers. Outputs are divided by their spread first, so that
-    one temperature serves all.
+    over positions and layers. Outputs are divided by their spread first (mean over the
+    images of all processes), so that one temperature serves all.
 
     Args:
         temperature (float): of both softmaxes.
     """
 
     wants = (LAYERS, )
+    shares_batches = True
 
     def __init__(self, targets, channel_axis, context, temperature=1.0):
         parts = context.view.parts([UNIT, LAYERS])
         self.part = parts[UNIT if context.view.unit.layer else LAYERS]
         self.axis, self.temperature = channel_axis, temperature
         layers = zip(*(t[self.part] for t in targets))
-        self.spread = [torch.stack([x.float().std() for x in layer]).mean().clamp(min=1e-6)
-                       for layer in layers]
+        images = parallel.total(len(targets))
+        self.spread = [(total / images).clamp(min=1e-6) for total in _summed(
+            torch.stack([x.float().std() for x in layer]).sum() for layer in layers)]
 
     def __call__(self, outputs, targets):
         losses = []
@@ -152,25 +173,36 @@ class APHLoss(_Guided):
     The weight of an output element is how much the gradient of the final distance changes
     when all elements are moved by a little, mean over images; images of several sizes
     share one weight a channel. The distance is the KL divergence of a classifier's logits,
-    else the squared error of the final outputs. A unit that ends the chain has nothing
-    behind it and takes `other`.
+    else the squared error of the final outputs, relative to their mean square. A unit that
+    ends the chain has nothing behind it and takes `other`.
 
     Args:
-        step (float): the move, relative to the output's root mean square.
+        step (float): the move, relative to the output's root mean square over all images.
         other (str): loss of units at the end, and of side outputs.
     """
+
+    @property
+    def shares_batches(self):
+        """Whether processes may share a batch: as the loss in its place, where there is one."""
+        return self.other is None or getattr(self.other, 'shares_batches', False)
+
+    @staticmethod
+    def parts(options):
+        """The loss that may take its place."""
+        return [options.get('other', 'head_kl')]
 
     def __init__(self, targets, channel_axis, context, step=1e-3, other='head_kl'):
         view = context.view
         self.other = self.weights = None
-        count = len(context.outputs.states[0].tensors)
+        states = context.outputs.states  # another process may have them all
+        count = max(parallel.gather(len(states[0].tensors) if states else 0))
         if view.unit.layer or view.unit.stop == len(view.leaves) or count == 0:
             self.other = build_loss(other, targets, channel_axis, context)
             return
         self.count, self.axis = count, channel_axis
         self.weights = self._curvature(context, step)
         self.sides = None
-        if len(targets[0]) > count:
+        if max(parallel.gather(len(targets[0]) if targets else 0)) > count:
             self.sides = ChannelMSELoss([t[count:] for t in targets], channel_axis)
 
     def __call__(self, outputs, targets):
@@ -186,46 +218,76 @@ class APHLoss(_Guided):
         return loss
 
     def _curvature(self, context, step):
+        size, finals, images = self._sizes(context)
+        moves = [step * power.sqrt().to(context.device) for power in size]
+        finals = [power.clamp(min=1e-12).to(context.device) for power in finals]
         totals, energy = [0.0] * self.count, [0.0] * self.count
-        images = 0
-        fixed = len(context.outputs.buckets()) == 1
-        for bucket in context.outputs.buckets():
-            for k in range(0, len(bucket), context.batch_size):
-                state = context.outputs.batch(bucket[k:k + context.batch_size], context.device)
-                images += state.tensors[0].shape[0]
-                found = [abs(up - down) for up, down in zip(
-                    *(self._gradient(context.view, state, sign * step) for sign in (1, -1)))]
-                for i, (change, x) in enumerate(zip(found, state.tensors)):
-                    if not fixed:  # all positions alike
-                        axes = [a for a in range(1, x.dim()) if a != self.axis % x.dim()]
-                        change, x = (v.mean(axes, keepdim=True) for v in (change, x.square()))
-                    else:
-                        x = x.square()
-                    totals[i] = totals[i] + change.sum(0, keepdim=True)
-                    energy[i] = energy[i] + (x * change).mean((*range(1, x.dim()), )).sum()
+        fixed = len(context.outputs.roll_call().buckets) == 1
+        for state in context.batches():
+            with torch.no_grad():
+                wanted = context.view.finish(state)
+            found = [abs(up - down) for up, down in zip(
+                *(self._gradient(context.view, state, wanted, finals, [sign * m for m in moves])
+                  for sign in (1, -1)))]
+            for i, (change, x) in enumerate(zip(found, state.tensors)):
+                if not fixed:  # all positions alike
+                    axes = [a for a in range(1, x.dim()) if a != self.axis % x.dim()]
+                    change, x = (v.mean(axes, keepdim=True) for v in (change, x.square()))
+                else:
+                    x = x.square()
+                totals[i] = totals[i] + change.sum(0, keepdim=True)
+                energy[i] = energy[i] + (x * change).mean((*range(1, x.dim()), )).sum()
         # of a target that is all missed the loss is one
-        return [total / (power / images).clamp(min=1e-20) / images
-                for total, power in zip(totals, energy)]
+        return [(total / (power / images).clamp(min=1e-20) / images).to(context.device)
+                for total, power in zip(_summed(totals), _summed(energy))]
+
+    @torch.no_grad()
+    def _sizes(self, context):
+        """Mean squares of the unit's outputs and of the final ones, and the number of rows.
+
+        Of all images of all processes, so that it does not matter who has which.
+        """
+        size, finals, rows = [0.0] * self.count, None, 0
+        for state in context.batches():
+            rows += state.tensors[0].shape[0]
+            size = [known + _row_squares(x) for known, x in zip(size, state.tensors)]
+            wanted = [_row_squares(x) for x in context.view.finish(state)]
+            finals = wanted if finals is None else [a + b for a, b in zip(finals, wanted)]
+        rows = parallel.total(rows)
+        return *([power / rows for power in _summed(own or ())] for own in (size, finals)), rows
 
     @staticmethod
     @torch.enable_grad()
-    def _gradient(view, state, step):
+    def _gradient(view, state, wanted, finals, moves):
         """Gradient of the final distance where the unit's output is moved."""
-        with torch.no_grad():
-            wanted = view.finish(state)
-        moved = tuple((t + step * t.square().mean().sqrt()).requires_grad_() for t in state.tensors)
+        moved = tuple((t + move).requires_grad_() for t, move in zip(state.tensors, moves))
         found = view.finish(State(moved, state.meta))
         if view.gives == 'logits':
             distance = head_kl(found[0], wanted[0], _TEMPERATURE) * len(found[0])
         else:
-            distance = sum((a - b).square().mean() / b.square().mean().clamp(min=1e-12)
-                           for a, b in zip(found, wanted)) * len(moved[0])
+            distance = sum(_row_squares(a - b) / power
+                           for a, b, power in zip(found, wanted, finals))
         return torch.autograd.grad(distance, moved)
+
+
+def _row_squares(x):
+    """Mean square of each row (an image, or a region of one), summed over rows."""
+    return x.square().flatten(1).mean(1).sum()
+
+
+def _summed(values):
+    """Tensors summed over all processes, by rank; one without images has no tensors."""
+    found = [part for part in parallel.gather([v.cpu() for v in values if torch.is_tensor(v)])
+             if part]
+    return [sum(column) for column in zip(*found)]
 
 
 @RECONSTRUCTION_LOSSES.register_module(name='mixed')
 class MixedLoss:
     """A weighted sum of losses, each divided by its first value.
+
+    That is its value in the batch that is looked at first; of several processes all must
+    take it from the same batch, see `take_first_values`.
 
     Args:
         terms (list[dict]): losses, with a `weight` each (1 where left out).
@@ -252,6 +314,16 @@ class MixedLoss:
                     f'{key}.terms.{i}.weight={weight!r} is not a number of 0 or more')
             check_loss(term, f'{key}.terms.{i}')
 
+    @property
+    def shares_batches(self):
+        """Whether processes may share a batch: as its terms."""
+        return all(getattr(loss_of, 'shares_batches', False) for loss_of, *_ in self.terms)
+
+    @staticmethod
+    def parts(options):
+        """Its terms."""
+        return [_plain(term) for term in options['terms']]
+
     @staticmethod
     def wants(options):
         """What all terms look at."""
@@ -269,7 +341,9 @@ class MixedLoss:
             kept = targets if guided else [t[part] for t in targets]
             terms.append((build_loss(plain, kept, channel_axis, context),
                           term.get('weight', 1.0), part))
-        return cls(terms)
+        made = cls(terms)
+        context.mixed.append(made)
+        return made
 
     def __call__(self, outputs, targets):
         total = 0.0
@@ -296,6 +370,11 @@ class MSEAndFinal(MixedLoss):
         """It takes no options."""
         for name in options:
             raise UsageError(f"{key}.{name} is not a known key; 'mse_final' takes none")
+
+    @classmethod
+    def parts(cls, options):
+        """Both terms."""
+        return MixedLoss.parts(dict(terms=cls.TERMS))
 
     @classmethod
     def wants(cls, options):

@@ -11,6 +11,7 @@ from ..modules import QuantLayer
 from .boundaries import Boundaries
 from .build_loss import build_loss, loss_wants
 from .capture import advance
+from .first_values import take_first_values
 from .guided_losses import LossContext
 from .optimize import UnitRecord, reconstruct
 from .views import UNIT, UnitView, view_of
@@ -93,9 +94,13 @@ class ChainReconstructor:
             for s, side in zip(float_outputs.states, float_side.states)
         ]
         seed = self.seed * 100003 + number
-        loss_of = build_loss(config.loss, targets, self.chain.channel_axis, self._context(
+        context = self._context(
             float_chain, unit, len(targets[0]) if targets else 0, float_outputs,
-            config.batch_size))
+            config.batch_size)
+        loss_of = build_loss(config.loss, targets, self.chain.channel_axis, context)
+        take_first_values(
+            loss_of, context.mixed, chain, unit, inputs, targets, config, self.held_out,
+            self.device, self.faults.tell if self.faults else print)
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
             torch.manual_seed(seed)  # for what does not draw by image; batches do
             result = reconstruct(

@@ -1,12 +1,17 @@
 """Checks that speak: each on figures made up by hand, and on models broken on purpose."""
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
+from demo_runs import REPO
 
-from pfcr_mm.analysis.checks import CHECKS, SHOWN, run_checks
+from pfcr_mm.analysis import DiagnosticsHook
+from pfcr_mm.analysis.checks import CHECKS, SHOWN, Limits, run_checks
 from pfcr_mm.analysis.diagnose import compare_models
+from pfcr_mm.analysis.hook import limits_of
 from pfcr_mm.engine.hooks.report import finite
+from pfcr_mm.errors import UsageError
 
 BLOCK = 'backbone.stages.1.blocks.0'
 
@@ -97,6 +102,57 @@ def test_many_places_are_counted():
 
 def test_every_check_says_what_it_is_for():
     assert all(function.__doc__ for function in CHECKS.values()) and len(CHECKS) >= 8
+
+
+# --- limits -------------------------------------------------------------------
+
+@pytest.mark.parametrize('limit, value, report', [
+    ('early_db', 6.5, dict(diagnostics=dict(propagation=points(20, 7, 9, 9)))),
+    ('jump_db', 15, dict(diagnostics=dict(propagation=points(30, 20, 5, 9)))),
+    ('drop_db', 4, dict(diagnostics=dict(propagation=points(30, 20, 5, 9)))),
+    ('end_db', 4.5, dict(diagnostics=dict(propagation=points(20, 17, 14, 11, 8, 5)))),
+    ('layer_db', 1, dict(diagnostics=dict(layers=[
+        *(layer(f's.{i}.fc', 15.0) for i in range(3)), layer('s.9.fc', 2.0)]))),
+    ('layer_below', 14, dict(diagnostics=dict(layers=[
+        *(layer(f's.{i}.fc', 15.0) for i in range(3)), layer('s.9.fc', 2.0)]))),
+    ('entropy_lost', 0.9, dict(diagnostics=dict(attention=[head(0.8, 0.1)]))),
+    ('entropy_shift', 0.75, dict(diagnostics=dict(attention=[head(0.8, 0.1)]))),
+    ('range_factor', 3, dict(diagnostics=dict(activations=[activation(low=-9.0)]))),
+    ('clipped', 0.25, dict(diagnostics=dict(activations=[activation(clipped=0.2)]))),
+    ('class_lost', 0.7, dict(diagnostics={}, classes=classes(0.5, 0.2))),
+    ('class_least', 0.6, dict(diagnostics={}, classes=classes(0.5, 0.2))),
+    ('few_images', 8, dict(diagnostics={}, calibration=dict(images=8))),
+], ids=lambda value: value if isinstance(value, str) else '')
+def test_every_limit_can_be_moved(limit, value, report):
+    before = run_checks(report)
+    after = run_checks(report, Limits.build({limit: value}))
+    assert len(after) == len(before) - 1
+
+
+def test_all_limits_are_documented_with_their_defaults():
+    page = (REPO / 'docs' / 'report.md').read_text()
+    for field in fields(Limits):
+        assert f'| `{field.name}` | {field.default:g} |' in page, field.name
+        assert f'        {field.name} (' in Limits.__doc__
+
+
+def test_a_config_gives_limits():
+    hook = dict(type='pfcr_mm.DiagnosticsHook', checks=dict(few_images=8))
+    assert limits_of(dict(quantize_hooks=[dict(type='x'), hook])) == Limits(few_images=8)
+    assert DiagnosticsHook(checks=hook['checks']).limits == Limits(few_images=8)
+    assert limits_of({}) == DiagnosticsHook().limits == Limits()
+
+
+@pytest.mark.parametrize('checks, words', [
+    (dict(few_image=8), 'checks.few_image is not a known key; choose of .*few_images'),
+    (dict(clipped='5%'), "checks.clipped='5%' is not a number"),
+    (dict(clipped=True), 'is not a number'), (dict(clipped=float('nan')), 'is not a number'),
+    ([1], 'checks=.1. is no dict')], ids=str)
+def test_bad_limits(checks, words):
+    for build in (lambda: DiagnosticsHook(checks=checks), lambda: limits_of(
+            dict(quantize_hooks=[dict(type='pfcr_mm.DiagnosticsHook', checks=checks)]))):
+        with pytest.raises(UsageError, match=f'^DiagnosticsHook of quantize_hooks: .*{words}'):
+            build()
 
 
 # --- models broken on purpose -------------------------------------------------

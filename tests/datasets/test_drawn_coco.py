@@ -4,6 +4,7 @@ import json
 import pytest
 
 from pfcr_mm.datasets import DrawnCoco, write_shapes
+from pfcr_mm.datasets.draw import checked_draw
 from pfcr_mm.datasets.drawn_coco import write_part
 from pfcr_mm.errors import UsageError
 
@@ -34,6 +35,28 @@ def test_part_and_rest_share_no_image_and_lose_none(source, tmp_path):
         assert ids == sorted(item['id'] for item in whole[key])
     assert parts[0]['categories'] == whole['categories']
     assert {a['image_id'] for a in parts[0]['annotations']} <= {i['id'] for i in parts[0]['images']}
+
+
+def test_no_draw_is_all_of_it(source, tmp_path):
+    path, whole = tmp_path / 'all.json', json.loads(source.read_text())
+    dataset = DrawnCoco(str(source), None, str(path), test_mode=True, pipeline=[],
+                        data_prefix=dict(img=str(source.parents[1] / 'train')))
+    assert len(dataset) == 8
+    written = json.loads(path.read_text())
+    assert all(written[key] == whole[key] for key in ('images', 'annotations', 'categories'))
+    write_part(source, DRAW, path)  # another draw of the same source takes its place
+    assert len(json.loads(path.read_text())['images']) == 3
+
+
+@pytest.mark.parametrize('draw, words', [
+    (3, 'draw=3 is no dict; .* or None for all images'), (['count'], 'is no dict'),
+    ({}, 'draw.count=None is not an integer of 1'), (dict(count=0), 'draw.count=0 is not'),
+    (dict(count=True), 'draw.count=True is not'), (dict(count=1, seed='x'), "draw.seed='x' is not"),
+    (dict(count=1, rest='no'), "draw.rest='no' is not True or False"),
+    (dict(counts=1), 'draw.counts is not a known key')], ids=str)
+def test_a_bad_draw(draw, words):
+    with pytest.raises(UsageError, match=words):
+        checked_draw(draw)
 
 
 def test_what_is_there_is_kept_and_another_draw_is_written_anew(source, tmp_path):

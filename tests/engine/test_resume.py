@@ -19,6 +19,7 @@ from mmengine.logging import MMLogger
 
 from pfcr_mm.cli import quant_main
 from pfcr_mm.datasets import ShapesDataset
+from pfcr_mm.engine.hooks.unit_checkpoint import UnitCheckpointHook
 from pfcr_mm.engine.lock import WorkDirLock
 from pfcr_mm.engine.resume import RunCheckpoints, read_run
 from pfcr_mm.engine.signals import Stopped, StopSignals
@@ -376,6 +377,11 @@ def test_a_signal_stops_and_saves(stage, signum, code, quick, die, tmp_path, cap
         assert quant_main(quick(tmp_path / 'run', '--resume', extra=extra)) == 0
         assert quant_main(quick(tmp_path / 'whole', extra=extra)) == 0
         assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
+
+
+def test_a_signal_before_all_else_leaves_nothing_to_save():
+    """It may come within another hook's `before_quantize`: no attribute is missing then."""
+    UnitCheckpointHook().on_stop(runner=None)
 
 
 def test_signals_wait_where_they_are_deferred():

@@ -13,7 +13,15 @@ from mmengine.logging import MMLogger
 
 from pfcr_mm import cli, parallel
 from pfcr_mm.engine.resume import RunCheckpoints
-from pfcr_mm.registry import HOOKS
+from pfcr_mm.reconstruction.losses import MSELoss
+from pfcr_mm.registry import HOOKS, RECONSTRUCTION_LOSSES
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='own_of_runs_test', force=True)
+class OwnLoss(MSELoss):
+    """A loss that does not say that processes may share a batch."""
+
+    shares_batches = False
 
 
 @HOOKS.register_module(force=True)
@@ -156,7 +164,8 @@ def test_a_signal_to_one_stops_all_at_the_same_step(quick, quantize, tmp_path):
 @pytest.mark.parametrize(('extra', 'says'), [
     (['quantize_cfg.calibration.images=0'], 'quantize_cfg.calibration.images'),
     (['model.quant.weight_bits=99'], 'weight_bits'),
-    (['quantize_cfg.reconstruction.loss=mse_final'], "loss='mse_final' cannot be computed by"),
+    (['quantize_cfg.reconstruction.loss=own_of_runs_test'],
+     "loss='own_of_runs_test' cannot be computed by"),
 ], ids=['calibration', 'model', 'loss'])
 def test_a_mistake_is_one_line_from_one_process(quick, quantize, tmp_path, extra, says):
     group = quantize(2, quick(tmp_path / 'run', extra=extra))

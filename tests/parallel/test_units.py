@@ -1,5 +1,7 @@
 """Units reconstructed by several processes: as one does it, whatever befalls one of them."""
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from toy_chains import chain_of, learned_state, toy
 from pfcr_mm import parallel
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models.chain import Chain, State
+from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import ChainReconstructor, Faults, Stage, UnitConfig, build_schedule
-from pfcr_mm.reconstruction.build_loss import check_shareable
+from pfcr_mm.reconstruction.build_loss import check_shareable, losses_in, parse_loss
 from pfcr_mm.reconstruction.capture import Stream
 from pfcr_mm.reconstruction.losses import MSELoss
 from pfcr_mm.reconstruction.noise import ImageNoise
+from pfcr_mm.registry import RECONSTRUCTION_LOSSES
 
 CONFIG = UnitConfig(iters=5, batch_size=4, weight_lr=3e-3, adaround_lr=3e-2, scale_lr=1e-2,
                     keep_prob=0.7, input_mix=0.6)
@@ -23,18 +27,18 @@ SHARES = ([0, 3, 6, 9, 12, 15], [1, 2, 4, 5, 7, 8, 10, 11, 13, 14], [])
 
 @pytest.fixture()
 def shared(tmp_path):
-    """shared(work): run work(rank) in three processes of a group; all must succeed."""
+    """shared(work): run work(rank) in processes of a group; all must succeed."""
     made = []
 
-    def run(work):
+    def run(work, size=3):
 
         def whole(rank):
             parallel.start('pytorch', 'test')
             work(rank)
             parallel.stop()
 
-        made.append(Ranks(3, whole, tmp_path))
-        assert made[-1].wait(120) == [0, 0, 0], made[-1].errors()
+        made.append(Ranks(size, whole, tmp_path))
+        assert made[-1].wait(120) == [0] * size, made[-1].errors()
 
     yield run
     for group in made:
@@ -47,14 +51,14 @@ def regions(images=16):
     return [torch.randn(1 + i % 3, 16, 12, generator=generator) for i in range(images)]
 
 
-def run(model, teacher, inputs, numbers, tell=print, quantized_inputs=None):
+def run(model, teacher, inputs, numbers, tell=print, quantized_inputs=None, config=CONFIG):
     quantized, floating = (
         Stream([State((found[i], )) for i in numbers], numbers=numbers)
         for found in (quantized_inputs or inputs, inputs))
     piece = ChainReconstructor(
         chain_of(model), chain_of(teacher), quantized, floating, torch.device('cpu'), 4, 0,
         faults=Faults(tell))
-    return piece.run(build_schedule(piece.chain, ['leaf', 'block']), lambda unit: CONFIG,
+    return piece.run(build_schedule(piece.chain, ['leaf', 'block']), lambda unit: config,
                      Stage(2, True, True, ('leaf', 'block')))
 
 
@@ -93,6 +97,62 @@ def test_three_processes_learn_what_one_does(shared, rounding, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(same, found.values()))  # to the bit
 
     shared(work)
+
+
+MIXED = dict(type='mixed', terms=[dict(type='layers', weight=0.5), dict(type='aph'),
+                                  dict(type='head_kl', other=dict(
+                                      type='mixed', terms=[dict(type='mse')]))])
+
+
+def tokens(images=16):
+    """Inputs of two sizes, so that APH weighs channels; the second process has all of one."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, 24 if i in (1, 7, 13) else 16, 12, generator=generator)
+            for i in range(images)]
+
+
+def pair():
+    """A quantized toy and its float twin, which has the same layers."""
+    model, _, _ = toy(branches=4)
+    twin = copy.deepcopy(model)
+    set_quantization(twin, False, False)
+    return model, twin
+
+
+@pytest.mark.parametrize('loss', ['layers', 'aph', 'mse_final', MIXED],
+                         ids=['layers', 'aph', 'mse_final', 'mixed'])
+@pytest.mark.parametrize('size, make', [(2, tokens), (3, regions)],
+                         ids=['2, of two sizes', '3, one has nothing'])
+def test_guided_losses_are_those_of_one_process(shared, loss, size, make):
+    """What a loss takes from targets and from its first batch is the same whoever has what."""
+    inputs, config = make(), replace(CONFIG, loss=loss)
+    alone, teacher = pair()
+    expected = run(alone, teacher, inputs, range(16), config=config)
+    assert any(record.accepted for record in expected) and len(expected) == 6
+    known = losses(expected)
+
+    def work(rank):
+        for part in losses_in(loss):
+            check_shareable(parse_loss(part)[0], part)
+        model, teacher = pair()
+        records = run(model, teacher, inputs, SHARES[rank], config=config)
+        assert losses(records) == pytest.approx(known, rel=1e-4)
+        assert [r.accepted for r in records] == [r.accepted for r in expected]
+
+    shared(work, size)
+
+
+def test_a_term_that_processes_cannot_share_is_found_before_any_work():
+
+    @RECONSTRUCTION_LOSSES.register_module(name='own_of_units_test', force=True)
+    class Own(MSELoss):
+        shares_batches = False
+
+    nested = dict(type='mixed', terms=[dict(type='aph', other='own_of_units_test'),
+                                       dict(type='mse', weight=2)])
+    found = [parse_loss(part)[0] for part in losses_in(nested)]
+    assert Own in found and MSELoss in found and len(found) == 4
+    assert [getattr(cls, 'shares_batches', False) is False for cls in found].count(True) == 1
 
 
 def test_what_one_process_cannot_compute_is_told_by_all(shared):

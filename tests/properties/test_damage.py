@@ -1,12 +1,12 @@
 """Damaged checkpoints: refused in one line, or loaded to the same bits."""
 import copy
-import io
 from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import STATE, harm
 from tiny_models import calibrated
 
 from pfcr_mm.engine.resume import RunCheckpoints, read_run
@@ -22,7 +22,7 @@ from pfcr_mm.models.checkpoint import (
 from pfcr_mm.models.state import model_state
 from pfcr_mm.reconstruction import harden
 
-from .conftest import EXAMPLES, examples
+from .conftest import EXAMPLES, Drawn, examples
 
 QUANT = dict(weight_bits=4, activation_bits=4)
 KINDS = ('float.pth', 'quantized.pth', 'quantized.safetensors', '000001.pth')
@@ -75,56 +75,7 @@ def same(one, other):
 @st.composite
 def harms(draw, kinds=KINDS):
     """(kind of file, name of the damage, function of bytes)."""
-    kind = draw(st.sampled_from(kinds))
-    name = draw(st.sampled_from(['cut', 'flip', 'flips', 'zeros', 'insert', 'dtype', 'shape',
-                                 'delete', 'foreign', 'no tensor']))
-    if kind.endswith('safetensors') and name in ('dtype', 'shape', 'delete', 'foreign',
-                                                 'no tensor'):
-        name = 'flip'
-    place = draw(st.integers(0, 9999)) / 10000
-    number = draw(st.integers(1, 255))
-    return kind, name, lambda content: _harm(content, name, place, number)
-
-
-def _harm(content, name, place, number):
-    position = int(place * len(content))
-    changed = bytearray(content)
-    if name == 'cut':
-        return content[:position]
-    if name == 'flip':
-        changed[position] ^= number
-    elif name == 'flips':
-        for k in range(number):
-            changed[(position + 7919 * k) % len(changed)] ^= 1 + k % 255
-    elif name == 'zeros':
-        changed[position:position + 64 * number] = bytes(
-            len(changed[position:position + 64 * number]))
-    elif name == 'insert':
-        changed[position:position] = bytes([number]) * number
-    else:
-        return _harm_state(content, name, place, number)
-    return bytes(changed)
-
-
-def _harm_state(content, name, place, number):
-    loaded = torch.load(io.BytesIO(content), weights_only=True)
-    state = loaded['model']['tensors'] if 'model' in loaded else loaded['state_dict']
-    keys = [k for k, v in state.items() if v.numel() and not k.endswith('position_index')]
-    key = keys[int(place * len(keys))]
-    if name == 'dtype':
-        kinds = (torch.int64, torch.complex64, torch.bool, torch.float64, torch.int8)
-        state[key] = state[key].to(kinds[number % 5])
-    elif name == 'shape':
-        state[key] = state[key].flatten()[:-1] if number % 2 else state[key][None]
-    elif name == 'delete':
-        del state[key]
-    elif name == 'foreign':
-        state[f'backbone.foreign{number}.weight'] = torch.ones(number)
-    else:
-        state[key] = [1, 'x', None, {}][number % 4]
-    buffer = io.BytesIO()
-    torch.save(loaded, buffer)
-    return buffer.getvalue()
+    return harm(kinds, Drawn(draw))
 
 
 def test_damaged_files(files, tmp_path):
@@ -134,14 +85,14 @@ def test_damaged_files(files, tmp_path):
 
     @examples(60)
     @given(harms())
-    def check(harm):
-        kind, name, damage = harm
+    def check(drawn):
+        kind, name, damage = drawn
         content = (folder / kind).read_bytes()
         path = tmp_path / kind
         path.write_bytes(damage(content))
         if path.read_bytes() == content:
             return
-        if kind == '000001.pth' and name in ('dtype', 'shape', 'delete', 'foreign', 'no tensor'):
+        if kind == '000001.pth' and name in STATE:
             return _check_state(path, detector, found)
         try:
             arrived = load(path, kind, detector)

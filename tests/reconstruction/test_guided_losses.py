@@ -172,6 +172,8 @@ def test_a_mixed_loss_weighs_what_each_was_at_first(classifier):
     ('hinge', "'hinge' is not a known reconstruction loss"),
     (dict(type='mse', floor=1), "'floor' is not a known key"),
     (dict(type='aph', steps=1), 'loss.steps is not a known key'),
+    (dict(type='aph', other='hinge'), 'loss.other=.hinge. is not a known'),
+    (dict(type='head_kl', other='mse_final'), 'loss.other=.mse_final. looks further'),
     (dict(type='mixed'), 'a mixed loss has terms'),
     (dict(type='mixed', terms=[]), 'a mixed loss has terms'),
     (dict(type='mixed', terms=[dict(type='hinge')]), r'terms.0=.hinge. is not a known'),

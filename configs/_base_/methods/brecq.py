@@ -1,4 +1,5 @@
 """BRECQ (arXiv 2102.05426): blocks; roundings under float activations, then activation scales."""
+method = 'BRECQ'
 model = dict(
     quant=dict(
         rounding='adaround', reparam=False, softmax=dict(kind='uniform', granularity='tensor'),

@@ -1,6 +1,7 @@
 """I&S-ViT (arXiv 2311.10126) in three stages: blocks with float weights and channel-wise
 post-norm scales; exact reparameterisation; blocks with everything quantized.
 """
+method = 'I&S-ViT'
 quantize_cfg = dict(
     levels=['block'], head_levels=['chain'],
     pos=dict(

@@ -1,4 +1,5 @@
 """MGRQ (arXiv 2406.09229): blocks, with the final output and every layer inside as guides."""
+method = 'MGRQ'
 model = dict(
     quant=dict(rounding='adaround', softmax=dict(kind='log_sqrt2', granularity='tensor')))
 quantize_cfg = dict(

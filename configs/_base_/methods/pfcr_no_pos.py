@@ -1,2 +1,3 @@
 """PFCR without POS: one stage."""
+method = 'PFCR without POS'
 quantize_cfg = dict(pos=dict(mode='off'))

@@ -1,4 +1,5 @@
 """PFCR with POS and what others have found to help: curvature-weighted and global losses."""
+method = 'PFCR plus'
 quantize_cfg = dict(
     reconstruction=dict(
         loss=dict(

@@ -1,4 +1,5 @@
 """QDrop (arXiv 2203.05740) on our calibration: blocks, half of everything left float by chance."""
+method = 'QDrop'
 model = dict(quant=dict(rounding='adaround', softmax=dict(kind='uniform')))
 quantize_cfg = dict(
     levels=['block'], head_levels=['chain'], pos=dict(mode='off'),

@@ -1,4 +1,5 @@
 """RepQ-ViT (arXiv 2212.08254): percentile scales, log-sqrt2 softmax, nothing is learned."""
+method = 'RepQ-ViT'
 model = dict(
     quant=dict(
         rounding='nearest', softmax=dict(kind='log_sqrt2', granularity='tensor'),

@@ -13,11 +13,12 @@ from ...models.manifest import build_manifest
 from ...registry import HOOKS
 from ..fingerprint import fingerprint
 from ..loops import CHECKPOINT
+from ..method import labels, method_name
 from ..metrics import titles
 from ..per_class import split_classes
 from ..phases import peak_memory_mb
 
-_STATES = (('float', 'float'), ('calibrated', 'calibrated only'), ('quantized', 'PFCR'))
+_STATES = ('float', 'calibrated', 'quantized')
 
 
 @HOOKS.register_module()
@@ -54,8 +55,9 @@ def build_report(runner):
     metrics = {state: split_classes(found) for state, found in loop.all_metrics.items()}
     return dict(
         model=type(model).__name__,
+        method=method_name(runner.cfg, loop.records),
         bits=dict(weight=quant.weight_bits, activation=quant.activation_bits),
-        **{state: loop.metrics.get(state) for state, _ in _STATES},
+        **{state: loop.metrics.get(state) for state in _STATES},
         size_mb=dict(float=float_size_bytes(model) / 1e6, quantized=loop.size_bytes / 1e6),
         seconds=loop.seconds,
         checkpoint_seconds=loop.checkpoint_seconds,
@@ -95,9 +97,9 @@ def table(report):
         list[str]: one row a state: box AP and mask AP, or top-1 and top-5 (in percent), size.
     """
     bits = report['bits']
-    shown = titles(*(report.get(state) for state, _ in _STATES))
+    shown = titles(*(report.get(state) for state in _STATES))
     rows = [('', *shown.values(), 'size (MB)')]
-    for state, label in _STATES:
+    for state, label in labels(report).items():
         metrics = report.get(state)
         if not metrics:
             continue
@@ -115,9 +117,10 @@ def table(report):
 
 def markdown(report):
     """The contents of `report.md`."""
-    measure = 'accuracy' if 'top1' in titles(*(report.get(s) for s, _ in _STATES)) else 'AP'
+    measure = 'accuracy' if 'top1' in titles(*(report.get(s) for s in _STATES)) else 'AP'
     lines = [
-        f"# {report['model']}, W{report['bits']['weight']}A{report['bits']['activation']}", '',
+        f"# {report['model']}, W{report['bits']['weight']}A{report['bits']['activation']}, "
+        f"{labels(report)['quantized']}", '',
         f"Calibrated on {report['calibration']['images']} images of the "
         f"{report['calibration']['split']} split, POS {report['pos']}, seed {report['seed']}, "
         f"{report['seconds']:.0f} s, peak memory {report['peak_memory_mb']:.0f} MB. "

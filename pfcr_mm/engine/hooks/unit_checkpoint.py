@@ -21,6 +21,7 @@ class UnitCheckpointHook(Hook):
 
     def __init__(self, interval=0.0):
         self.interval = interval
+        self.saved_at, self.open = time.time(), False  # a signal may come before all else
 
     def before_quantize(self, runner):
         """Start the clock."""

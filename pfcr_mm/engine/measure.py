@@ -1,0 +1,41 @@
+"""Measuring a model on the test split."""
+import io
+from contextlib import redirect_stdout
+
+from ..errors import UsageError
+from .data import check_images, check_worker, refuse_shared_images
+from .metrics import counted
+from .per_class import per_class
+
+
+def measure(runner, model, calibrated_on):
+    """Test `model` on the test split of a runner.
+
+    Args:
+        runner (QuantRunner): its own model is put back afterwards.
+        model (nn.Module): what is measured.
+        calibrated_on (Shard): calibration images, none of which may be tested on.
+
+    Returns:
+        tuple[dict, dict]: what counts, and all there is, AP by class included.
+
+    Raises:
+        UsageError: an image is missing or damaged, or was calibrated on.
+    """
+    current, runner.model = runner.model, model
+    try:
+        loop = runner.build_test_loop(runner._test_loop)
+        runner._test_loop = loop
+        refuse_shared_images(calibrated_on, loop.dataloader.dataset)
+        with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
+            with per_class() as classes:
+                result = loop.run()
+    except UsageError:
+        raise
+    except Exception as error:
+        check_worker(error)
+        check_images(runner.test_dataloader.dataset)
+        raise
+    finally:
+        runner.model = current
+    return counted(result), {**result, **classes}

@@ -1,0 +1,117 @@
+"""What a `quantize_cfg` may say: checked before any work, every mistake in one line."""
+import torch
+
+from ..errors import UsageError
+from ..reconstruction import POSConfig, UnitConfig
+from ..reconstruction.calibrate import METHODS
+from ..reconstruction.faults import ON_NONFINITE
+from ..reconstruction.units import check_levels
+
+_CALIBRATION = dict(
+    images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
+    dataset=None)
+_ROIS = dict(proposals=64, detections=16)
+_EVALUATE = dict(float=True, calibrated=True)
+
+
+def calibration_of(given):
+    """`calibration` with its defaults."""
+    found = _known(_CALIBRATION, given, 'calibration')
+    if found['method'] not in METHODS:
+        raise UsageError(
+            f"quantize_cfg.calibration.method={found['method']!r} is not known; "
+            f'choose one of {METHODS}')
+    for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
+                       ('rows', 4)):
+        _check_integer(found[key], least, f'calibration.{key}')
+    return found
+
+
+def pos_of(given):
+    """`pos` as a POSConfig."""
+    try:
+        return POSConfig(**(given or {}))
+    except TypeError as error:
+        raise UsageError(f'quantize_cfg.pos: {error}') from None
+
+
+def reconstruction_of(given, of_heads, pos):
+    """`reconstruction`, and what `head_reconstruction` makes of it.
+
+    Args:
+        given, of_heads (dict | None): of the config.
+        pos (POSConfig): its steps have overrides, which are checked too.
+
+    Returns:
+        tuple[dict, dict]: of the backbone, and of neck and heads.
+    """
+    base = dict(given or {})
+    heads = _merged(base, of_heads or {})
+    for found in (base, heads):
+        for level in ['leaf', *found.get('per_level', {})]:
+            UnitConfig.build(found, level, 'quantize_cfg.reconstruction')
+        check_levels(found.get('per_level', {}), 'quantize_cfg.reconstruction.per_level')
+    for i, step in enumerate(pos.steps):
+        UnitConfig.build(
+            step.get('reconstruction') or {}, 'leaf', f'quantize_cfg.pos.steps.{i}')
+    return base, heads
+
+
+def rois_of(given):
+    """`rois` with its defaults."""
+    found = _known(_ROIS, given, 'rois')
+    for key, value in found.items():
+        _check_integer(value, 0, f'rois.{key}')
+    return found
+
+
+def dtype_of(name):
+    """`cache_dtype` as torch's."""
+    dtype = getattr(torch, name, name) if name else None
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UsageError(
+            f"quantize_cfg.cache_dtype={name!r} is not known; choose 'float16', "
+            "'bfloat16', 'float32' or None")
+    return dtype
+
+
+def evaluate_of(given):
+    """`evaluate` with its defaults."""
+    return _known(_EVALUATE, given, 'evaluate')
+
+
+def total_iters_of(given):
+    """`total_iters` as it is."""
+    if given is not None and (not isinstance(given, int) or given < 1):
+        raise UsageError(
+            f'quantize_cfg.total_iters={given!r} is not an integer of 1 or more')
+    return given
+
+
+def on_nonfinite_of(given):
+    """`on_nonfinite` as it is."""
+    if given not in ON_NONFINITE:
+        raise UsageError(f'quantize_cfg.on_nonfinite={given!r} is not known; choose '
+                         f'one of {ON_NONFINITE}')
+    return given
+
+
+def _check_integer(value, least, key):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f'quantize_cfg.{key}={value!r} is not an integer of {least} or more')
+
+
+def _known(defaults, given, key):
+    if given is not None and not isinstance(given, dict):
+        raise UsageError(f'quantize_cfg.{key}={given!r} is no dict')
+    for name in given or {}:
+        if name not in defaults:
+            raise UsageError(
+                f'quantize_cfg.{key}.{name} is not a known key; choose of {list(defaults)}')
+    return {**defaults, **(given or {})}
+
+
+def _merged(base, extra):
+    found = {**base, **{k: v for k, v in extra.items() if k != 'per_level'}}
+    found['per_level'] = {**base.get('per_level', {}), **extra.get('per_level', {})}
+    return found

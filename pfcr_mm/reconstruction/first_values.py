@@ -1,0 +1,53 @@
+"""What the terms of a mixed loss are divided by, alike in all processes."""
+import torch
+
+from .. import parallel
+from .capture import split
+from .faults import BatchLimit
+
+_LEAST = 1e-12
+
+
+def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held_out, device,
+                      tell=print):
+    """Give mixed losses the values of their terms in the first batch of held-out images.
+
+    Each process computes what it holds of that batch, weighted by its share of the rows;
+    one process by itself takes what it would take anyway.
+
+    Args:
+        loss_of (callable): the unit's loss.
+        mixed (list[MixedLoss]): in it, at any depth; as many in all processes.
+        chain, unit, inputs, targets, config, held_out, device: see `reconstruct`.
+        tell (callable): takes a line where memory runs out.
+    """
+    if not mixed:
+        return
+    roll = inputs.roll_call()
+    wanted = set(split(roll.rows, held_out)[1])
+    buckets = ([number for number in bucket if number in wanted] for bucket in roll.buckets)
+    chosen = next(filter(None, buckets))[:config.batch_size]
+    mine = inputs.held(chosen)
+
+    @torch.no_grad()
+    def compute(size):
+        sums = [[0.0] * len(loss.terms) for loss in mixed]
+        for k in range(0, len(mine), size):
+            pick = mine[k:k + size]
+            for loss in mixed:
+                loss.first = [None] * len(loss.terms)
+            state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
+            loss_of(state.tensors + side, tuple(
+                torch.cat(parts).to(device, torch.float32)
+                for parts in zip(*(targets[i] for i in pick))))
+            rows = sum(inputs.states[i].tensors[0].shape[0] for i in pick)
+            share = rows / roll.rows_of(chosen)
+            for found, loss in zip(sums, mixed):
+                found[:] = [known + share * float(value or 0.0)
+                            for known, value in zip(found, loss.first)]
+        return sums
+
+    sums = BatchLimit(config.batch_size, unit.name, tell).run(compute)
+    parts = parallel.gather(sums)
+    for number, loss in enumerate(mixed):
+        loss.first = [max(sum(column), _LEAST) for column in zip(*(p[number] for p in parts))]

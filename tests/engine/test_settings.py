@@ -1,0 +1,49 @@
+"""What a `quantize_cfg` may say, piece by piece."""
+import pytest
+import torch
+
+from pfcr_mm.engine import settings
+from pfcr_mm.errors import UsageError
+
+
+def test_what_is_not_said_has_a_default():
+    found = settings.calibration_of(dict(images=8))
+    assert found['images'] == 8 and found['search_images'] == 32
+    assert settings.calibration_of(None)['images'] == 256  # the other call has left no trace
+    assert settings.rois_of(None) == dict(proposals=64, detections=16)
+    assert settings.evaluate_of(dict(float=False)) == dict(float=False, calibrated=True)
+    assert settings.dtype_of('float16') is torch.float16 and settings.dtype_of(None) is None
+
+
+def test_heads_inherit_what_they_do_not_override():
+    given = dict(iters=9, loss='mse', per_level=dict(leaf=dict(iters=5), chain=dict(iters=7)))
+    base, heads = settings.reconstruction_of(
+        given, dict(iters=3, per_level=dict(chain=dict(iters=2))), settings.pos_of(None))
+    assert base == given
+    assert heads == dict(iters=3, loss='mse', per_level=dict(leaf=dict(iters=5),
+                                                             chain=dict(iters=2)))
+    assert given['per_level']['chain'] == dict(iters=7)
+
+
+@pytest.mark.parametrize('check, value, words', [
+    (settings.calibration_of, 5, 'calibration=5 is no dict'),
+    (settings.calibration_of, dict(image=1), 'calibration.image is not a known key'),
+    (settings.calibration_of, dict(method='best'), "method='best' is not known"),
+    (settings.calibration_of, dict(rows=3), 'rows=3 is not an integer of 4 or more'),
+    (settings.calibration_of, dict(images=True), 'images=True is not an integer of 0'),
+    (settings.pos_of, dict(modes='off'), 'quantize_cfg.pos: '),
+    (settings.rois_of, dict(proposals=-1), 'rois.proposals=-1 is not an integer of 0'),
+    (settings.dtype_of, 'float17', "cache_dtype='float17' is not known"),
+    (settings.evaluate_of, dict(all=True), 'evaluate.all is not a known key'),
+    (settings.total_iters_of, 0, 'total_iters=0 is not an integer of 1 or more'),
+    (settings.on_nonfinite_of, 'hope', "on_nonfinite='hope' is not known"),
+], ids=lambda value: getattr(value, '__name__', str(value)))
+def test_a_mistake_is_named(check, value, words):
+    with pytest.raises(UsageError, match=words):
+        check(value)
+
+
+def test_a_mistake_in_a_step_of_pos_is_named():
+    pos = settings.pos_of(dict(mode='steps', steps=[dict(reconstruction=dict(iter=1))]))
+    with pytest.raises(UsageError, match='pos.steps.0.iter is not a known key'):
+        settings.reconstruction_of(None, None, pos)
