@@ -31,12 +31,15 @@ def test_a_given_name_goes_first(cfg, units, name):
 def test_the_command_line_says_which(tmp_path):
     config = tmp_path / 'named.py'
     config.write_text(f"_base_ = '{W4A4}'\nmethod = 'ours'\n")
-    plain, brecq = (quant_config([str(config), *more]) for more in (
-        [], ['--method', str(METHODS / 'brecq.py')]))
+    nameless = tmp_path / 'shorter.py'
+    nameless.write_text('quantize_cfg = dict(total_iters=999)\n')
+    plain, brecq, shorter = (quant_config([str(config), *more]) for more in (
+        [], ['--method', str(METHODS / 'brecq.py')], ['--method', str(nameless)]))
     assert method_name(plain, ['u']) == 'ours'  # the file that is laid over has its own
-    assert method_name(brecq, ['u']) == 'brecq'
-    brecq.dump(tmp_path / 'flat.py')
-    assert method_name(Config.fromfile(tmp_path / 'flat.py'), ['u']) == 'brecq'
+    assert method_name(brecq, ['u']) == 'BRECQ'
+    assert method_name(shorter, ['u']) == 'shorter'
+    shorter.dump(tmp_path / 'flat.py')
+    assert method_name(Config.fromfile(tmp_path / 'flat.py'), ['u']) == 'shorter'
 
 
 def test_a_name_changes_no_result():
