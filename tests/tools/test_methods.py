@@ -53,7 +53,7 @@ def test_all_of_them_are_there():
 @pytest.mark.parametrize('method', NAMES)
 def test_a_method_says_nothing_of_bits_or_data(method):
     cfg = Config.fromfile(REPO / 'configs' / '_base_' / 'methods' / f'{method}.py').to_dict()
-    assert set(cfg) <= {'model', 'quantize_cfg', 'method'}
+    assert cfg['method'] and set(cfg) <= {'model', 'quantize_cfg', 'method'}
     assert set(cfg.get('model', {})) <= {'quant'}
     assert not {'weight_bits', 'activation_bits'} & set(cfg.get('model', {}).get('quant', {}))
 
@@ -81,7 +81,7 @@ def test_plan_at_equal_iterations(method, base, tmp_path):
 def test_a_method_with_something_of_its_own_runs(method, base, tmp_path):
     assert quant_main(arguments(base, method, tmp_path, *SKIP_EVALUATION)) == 0
     report = json.loads((tmp_path / 'report.json').read_text())
-    assert report['method'] == method
+    assert report['method'] == Config.fromfile(METHODS[NAMES.index(method)]).method
     assert report['units'] and set(report['quantized']) == {'top1', 'top5'}
     assert all(unit['loss_after'] is not None for unit in report['units'])
     assert report['notes'] == []
