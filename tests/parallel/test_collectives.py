@@ -102,6 +102,14 @@ def test_statistics_are_those_of_one_process(ranks):
     assert ranks(work).wait(60) == [0, 0, 0]
 
 
+def gather_as_tools_do(value):
+    """A collective breaks where a process has gone; what is behind it is told first."""
+    try:
+        parallel.gather(value)
+    except RuntimeError as error:
+        parallel.end(str(error), 1, 5.0)
+
+
 @pytest.mark.parametrize('victim', [0, 1])
 def test_a_killed_process_ends_all(ranks, victim):
     """The others are busy alone, or wait for each other: all end, and say why."""
@@ -112,10 +120,7 @@ def test_a_killed_process_ends_all(ranks, victim):
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 2:
             time.sleep(60)
-        try:
-            parallel.gather(rank)
-        except RuntimeError as error:  # the tools do so too: what is behind it comes first
-            parallel.end(str(error), 1, 5.0)
+        gather_as_tools_do(rank)
 
     group = ranks(work)
     codes = group.wait(30)
@@ -132,7 +137,7 @@ def test_one_mistake_ends_all_with_one_line(ranks):
     def work(rank):
         if rank:
             parallel.end('image x is missing', 2)
-        parallel.gather(rank)
+        gather_as_tools_do(rank)
 
     group = ranks(work)
     assert group.wait(30) == [2, 2, 2]
