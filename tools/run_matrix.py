@@ -172,7 +172,7 @@ def table(rows):
     for name in dict.fromkeys(r['config'] for r in rows):
         group = [r for r in rows if r['config'] == name]
         bits = f"W{group[0]['weight_bits']}A{group[0]['activation_bits']}"
-        for state, label in zip(STATES, ('float', 'calibrated only', 'PFCR')):
+        for state, label in zip(STATES, ('float', 'calibrated only', 'quantized')):
             cells = [_cell(group, state, metric) for metric in METRICS]
             if any(cell != '-' for cell in cells):
                 lines.append(f'| {name} | {bits} | {len(group)} | {label} | '

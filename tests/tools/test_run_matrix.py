@@ -61,7 +61,7 @@ def test_rows_and_columns(bench, capsys):
         W4A4.stem, '4', '4', '1', '7', '0.5', '0.4', '', '', '0.46', '0.36', '2')))
     printed = capsys.readouterr().out
     assert f'| {W4A4.stem} | W4A4 | 2 | float | 50.0 | 40.0 |' in printed
-    assert '| PFCR | 45.5 [45.0..46.0] (91.0%) | 36.0 (90.0%) |' in printed
+    assert '| quantized | 45.5 [45.0..46.0] (91.0%) | 36.0 (90.0%) |' in printed
     assert 'calibrated only' not in printed  # not measured, so not shown
 
 
