@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from pfcr_mm.benchmark import reference as straight
 from pfcr_mm.quantizers import functional as F
 
 BITS = range(2, 9)
@@ -139,24 +140,6 @@ def test_log_keeps_zero_in_float32(bits, steps):
 
 # --- gradients ---------------------------------------------------------------
 
-def round_through(x):
-    return x + (x.round() - x).detach()
-
-
-def composed_uniform(x, scale, zero_point, low, high):
-    codes = (round_through(x / scale) + zero_point).clamp(low, high)
-    return (codes - zero_point) * scale
-
-
-def composed_log(x, scale, bits, steps, zero_below):
-    last = 2**bits - 1
-    ratio = (x / scale).clamp(max=1)
-    smallest = 2.0**(-(last - zero_below) / steps)
-    exponent = -torch.log2(ratio.clamp(min=smallest)) * steps
-    values = scale * torch.exp2(-round_through(exponent) / steps)
-    return torch.where(ratio <= 2.0**(-last / steps), 0, values) if zero_below else values
-
-
 def gradients(function, x, scale, *args):
     x, scale = x.clone().requires_grad_(), scale.clone().requires_grad_()
     out = function(x, scale, *args)
@@ -188,7 +171,7 @@ def test_uniform_gradients_equal_autograd(bits, symmetric, shape):
     low, high = F.uniform_code_range(bits, symmetric)
     zero = torch.zeros(shape, dtype=torch.float64) + (0 if symmetric else high // 2)
     got = gradients(F.UniformFakeQuantize.apply, x, scale, zero, low, high)
-    want = gradients(composed_uniform, x, scale, zero, low, high)
+    want = gradients(straight.uniform, x, scale, zero, low, high)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
     assert 0 < (got[1] == 0).sum() < x.numel()  # some were clipped, some not
@@ -211,7 +194,7 @@ def test_log_gradients_equal_autograd(bits, steps, zero_below):
     x = torch.exp2(-torch.rand(4, 500, dtype=torch.float64) * (2**bits + 3) + 1)
     scale = t(0.5, 0.8, 1, 1.3).view(4, 1)
     got = gradients(F.LogFakeQuantize.apply, x, scale, bits, steps, zero_below)
-    want = gradients(composed_log, x, scale, bits, steps, zero_below)
+    want = gradients(straight.logarithmic, x, scale, bits, steps, zero_below)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
 
