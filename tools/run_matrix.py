@@ -21,6 +21,7 @@ from pathlib import Path
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.fingerprint import fingerprint
+from pfcr_mm.engine.method import labels
 from pfcr_mm.engine.resume import RunCheckpoints
 from pfcr_mm.errors import UsageError
 from pfcr_mm.files import write_atomically
@@ -172,7 +173,7 @@ def table(rows):
     for name in dict.fromkeys(r['config'] for r in rows):
         group = [r for r in rows if r['config'] == name]
         bits = f"W{group[0]['weight_bits']}A{group[0]['activation_bits']}"
-        for state, label in zip(STATES, ('float', 'calibrated only', 'quantized')):
+        for state, label in labels({}).items():  # rows do not say the method
             cells = [_cell(group, state, metric) for metric in METRICS]
             if any(cell != '-' for cell in cells):
                 lines.append(f'| {name} | {bits} | {len(group)} | {label} | '
