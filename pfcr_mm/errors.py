@@ -10,6 +10,13 @@ class UsageError(ValueError):
     exit_code = 2
 
 
+def check_keys(given, known, key):
+    """Raise UsageError for the first of `given` that is not in `known`; `key` is their parent's."""
+    for name in given:
+        if name not in known:
+            raise UsageError(f'{key}.{name} is not a known key; choose of {list(known)}')
+
+
 class FaultError(UsageError):
     """What failed around us: a full disk, no memory, a dead worker. Also one line.
 

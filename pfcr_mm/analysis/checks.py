@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, fields
 from statistics import median
 
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 
 SHOWN = 3  # places named by a check; the rest is counted
 
@@ -55,10 +55,8 @@ class Limits:
         """From a dict of some of them; UsageError for an unknown name or no number."""
         if given is not None and not isinstance(given, dict):
             raise UsageError(f'{key}={given!r} is no dict')
-        known = [field.name for field in fields(cls)]
+        check_keys(given or {}, [field.name for field in fields(cls)], key)
         for name, value in (given or {}).items():
-            if name not in known:
-                raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
             if (not isinstance(value, (int, float)) or isinstance(value, bool)
                     or not math.isfinite(value)):
                 raise UsageError(f'{key}.{name}={value!r} is not a number')

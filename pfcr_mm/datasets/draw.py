@@ -1,7 +1,7 @@
 """`draw=dict(count, seed, rest)`: some images of a set at random, or all the others."""
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 
 
 def checked_draw(draw):
@@ -12,9 +12,7 @@ def checked_draw(draw):
     if not isinstance(draw, dict):
         raise UsageError(f'draw={draw!r} is no dict; give dict(count=..., seed=..., rest=...), or '
                          'None for all images')
-    for key in draw:
-        if key not in known:
-            raise UsageError(f'draw.{key} is not a known key; choose of {list(known)}')
+    check_keys(draw, known, 'draw')
     draw = {**known, **draw}
     for key, least in (('count', 1), ('seed', 0)):
         value = draw[key]

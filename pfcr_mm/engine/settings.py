@@ -1,7 +1,7 @@
 """What a `quantize_cfg` may say: checked before any work, every mistake in one line."""
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 from ..reconstruction import POSConfig, UnitConfig
 from ..reconstruction.calibrate import METHODS
 from ..reconstruction.faults import ON_NONFINITE
@@ -104,10 +104,7 @@ def _check_integer(value, least, key):
 def _known(defaults, given, key):
     if given is not None and not isinstance(given, dict):
         raise UsageError(f'quantize_cfg.{key}={given!r} is no dict')
-    for name in given or {}:
-        if name not in defaults:
-            raise UsageError(
-                f'quantize_cfg.{key}.{name} is not a known key; choose of {list(defaults)}')
+    check_keys(given or {}, defaults, f'quantize_cfg.{key}')
     return {**defaults, **(given or {})}
 
 

@@ -6,7 +6,7 @@ from mmcv.cnn.bricks import wrappers
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 from ..modules import Matmul, QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatmul
 from ..quantizers import QuantizerSpec, build_rounding
 from ..quantizers.spec import check_bits
@@ -80,9 +80,7 @@ class QuantConfig:
         except TypeError as error:
             raise UsageError(f'quant.rounding: {error}') from None
         known = [f.name for f in fields(QuantizerSpec) if f.name != 'bits']
-        for key in self.softmax:
-            if key not in known:
-                raise UsageError(f'quant.softmax.{key} is not a known key; choose of {known}')
+        check_keys(self.softmax, known, 'quant.softmax')
         lookup(QUANTIZERS, self.softmax['kind'], 'quant.softmax.kind')
         for override in self.overrides:
             if 'pattern' not in override:
@@ -97,10 +95,7 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, cfg):
         """Build from a config dict; an unknown key is one clear error."""
-        known = [f.name for f in fields(cls)]
-        for key in cfg:
-            if key not in known:
-                raise UsageError(f'quant.{key} is not a known key; choose of {known}')
+        check_keys(cfg, [f.name for f in fields(cls)], 'quant')
         return cls(**{k: _plain(v) for k, v in cfg.items()})
 
     def as_dict(self):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import parallel
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 from ..models.chain import State
 from ..registry import RECONSTRUCTION_LOSSES
 from .build_loss import build_loss, check_loss, loss_wants
@@ -55,10 +55,7 @@ class _Guided:
     @classmethod
     def check(cls, options, key):
         """Raise UsageError for an unknown option."""
-        known = list(inspect.signature(cls.__init__).parameters)[4:]
-        for name in options:
-            if name not in known:
-                raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
+        check_keys(options, list(inspect.signature(cls.__init__).parameters)[4:], key)
         if 'other' in options:
             check_loss(options['other'], f'{key}.other')
             if loss_wants(options['other']) != {UNIT}:

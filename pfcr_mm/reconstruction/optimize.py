@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from .. import parallel
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 from ..modules import QuantLayer, quantizers_of, weights_once
 from .build_loss import build_loss, check_loss, check_shareable
 from .capture import split
@@ -70,14 +70,11 @@ class UnitConfig:
 
         `more` is another such dict, laid over it.
         """
-        known = [f.name for f in fields(cls)]
         merged = {}
         for layer in (base, more or {}):
             merged.update({k: v for k, v in layer.items() if k != 'per_level'})
             merged.update(layer.get('per_level', {}).get(level, {}))
-        for name in merged:
-            if name not in known:
-                raise UsageError(f'{key}.{name} is not a known key; choose of {known}')
+        check_keys(merged, [f.name for f in fields(cls)], key)
         check_loss(merged.get('loss', cls.loss), f'{key}.loss')
         return cls(**merged)
 

@@ -13,7 +13,7 @@ steps      the stages that `steps` lists: other methods are told apart by these.
 """
 from dataclasses import dataclass, field
 
-from ..errors import UsageError
+from ..errors import UsageError, check_keys
 from .units import LEVELS, check_levels
 
 MODES = ('quantizer', 'unit', 'operand', 'off', 'steps')
@@ -121,9 +121,7 @@ class POSConfig:
 
 
 def _check_step(step, key):
-    for name in step:
-        if name not in _STEP:
-            raise UsageError(f'{key}.{name} is not a known key; choose of {list(_STEP)}')
+    check_keys(step, _STEP, key)
     step = {**_STEP, **step}
     for name, choices in _CHOICES.items():
         if step[name] not in choices:
