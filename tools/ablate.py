@@ -13,7 +13,8 @@ may name its values: `pos=off,quantizer`. Axes and values:
     pos         off, quantizer (R1), unit (R2), operand (R3)
     loss        channel_mse, mse, aph (Hessian-weighted), mse_final (MSE and global)
     rounding    latent, adaround
-    softmax     log2, log_sqrt2, uniform
+    softmax     log2, log_sqrt2, adalog, uniform
+    gelu        adalog, uniform (quantizer of what comes from a GELU)
     padding     moved, zero (as published code has it; needs windows that are padded)
     zero_point  integer, fractional (as published code has it)
     traversal   post_order, level_order
@@ -38,7 +39,7 @@ from pfcr_mm.engine.metrics import titles
 from pfcr_mm.errors import UsageError
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
-GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'padding', 'zero_point')
+GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'padding', 'zero_point')
 STATES = (('', 'quantized'), ('float_', 'float'), ('calibrated_', 'calibrated'))
 
 
@@ -125,13 +126,15 @@ AXES = dict(
     pos=Axis('quantize_cfg.pos.mode', ['off', 'quantizer', 'unit', 'operand']),
     loss=Axis('quantize_cfg.reconstruction.loss', ['channel_mse', 'mse', 'aph', 'mse_final']),
     rounding=Axis('model.quant.rounding', ['latent', 'adaround']),
-    softmax=Axis('model.quant.softmax.kind', ['log2', 'log_sqrt2', 'uniform']),
+    softmax=Axis('model.quant.softmax.kind', ['log2', 'log_sqrt2', 'adalog', 'uniform']),
+    gelu=Axis('model.quant.post_gelu.kind', ['adalog', 'uniform']),
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),
     traversal=Axis('quantize_cfg.traversal', ['post_order', 'level_order']))
 # What configs leave to the code.
 DEFAULTS = {
     'model.quant.rounding': 'latent', 'model.quant.softmax.kind': 'log2',
+    'model.quant.post_gelu.kind': 'adalog',
     'model.quant.move_padding': True, 'model.quant.integer_zero_point': True,
     'quantize_cfg.reconstruction.loss': 'channel_mse'}
 

@@ -3,13 +3,12 @@ import math
 
 import torch
 
+from ..models.mlp import post_gelu_layers
 from ..models.reparam import post_norm_pairs
-from ..quantizers import Log2Quantizer
+from ..quantizers import LogQuantizer
 from .noise import plain_db, sqnr_db
 from .taps import grid
 
-# Names of the second linear of an MLP, whose input comes from the GELU: mmdet, timm.
-_AFTER_GELU = ('ffn.layers.1', 'mlp.fc2')
 ROLES = {'post-LN': 'after LayerNorm', 'post-GELU': 'after GELU', 'q': 'q', 'k': 'k',
          'v': 'v', 'softmax': 'after softmax', 'other': 'input of other layers'}
 TAILS = (0.001, 0.999)
@@ -18,6 +17,7 @@ TAILS = (0.001, 0.999)
 def roles(model):
     """What each activation quantizer quantizes: a key of `ROLES` by quantizer name."""
     names = {id(module): name for name, module in model.named_modules()}
+    after_gelu = {names[id(layer)] for layer in post_gelu_layers(model)}
     after_norm = {names[id(layer)] for _, layer, _ in post_norm_pairs(model)}
     operands = {'matmul_qk.left': 'q', 'matmul_qk.right': 'k', 'matmul_av.left': 'softmax',
                 'matmul_av.right': 'v'}
@@ -33,7 +33,7 @@ def roles(model):
         elif owner in after_norm:
             found[name] = 'post-LN'
         else:
-            found[name] = 'post-GELU' if owner.endswith(_AFTER_GELU) else 'other'
+            found[name] = 'post-GELU' if owner in after_gelu else 'other'
     return found
 
 
@@ -91,7 +91,7 @@ def _against_grid(quantizer, values):
     by_group = [sqnr_db(s, n) for s, n in zip(signal.tolist(), noise.tolist())]
     return dict(
         grid_low=levels.min().item(), grid_high=levels.max().item(),
-        clipped=clipped_share(values, levels, isinstance(quantizer, Log2Quantizer)),
+        clipped=clipped_share(values, levels, isinstance(quantizer, LogQuantizer)),
         sqnr_db=plain_db(sqnr_db(signal.sum().item(), noise.sum().item())),
         worst_group=min(range(len(by_group)), key=by_group.__getitem__))
 

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 import torch
 
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows
-from ..quantizers import Log2Quantizer
-from ..quantizers.functional import log_decode, uniform_decode
 from .noise import Noise
 
 VALUES = 4096  # values that a quantizer keeps of one call
@@ -157,17 +155,5 @@ def grid(quantizer):
         Tensor | None: (groups, levels), float32 on the CPU; None for a kind that is not
         known or a quantizer without scales.
     """
-    if not quantizer.calibrated:
-        return None
-    if isinstance(quantizer, Log2Quantizer):
-        codes = torch.arange(2**quantizer.bits - 1, -1, -1.0)
-        levels = log_decode(codes, quantizer.scale[:, None].cpu(), quantizer.bits,
-                            quantizer.steps_per_octave, quantizer.spec.zero_below)
-    elif hasattr(quantizer, 'code_range'):
-        low, high = quantizer.code_range
-        codes = torch.arange(low, high + 1.0)
-        levels = uniform_decode(
-            codes, quantizer.scale[:, None].cpu(), quantizer.zero_point[:, None].cpu())
-    else:
-        return None
-    return levels.float()
+    levels = quantizer.levels() if quantizer.calibrated else None
+    return None if levels is None else levels.float()

@@ -10,14 +10,14 @@ import types
 import torch
 
 from ..modules import QuantLayer, quantizers_of
-from ..quantizers import AdaRound, functional
+from ..quantizers import AdaLogQuantizer, AdaRound, LogQuantizer, functional
 
 
 def straight_twin(model):
     """A copy of `model` whose quantizers and roundings are straight; states are shared by none."""
     twin = copy.deepcopy(model)
     for _, quantizer in quantizers_of(twin):
-        log = hasattr(quantizer, 'steps_per_octave')
+        log = isinstance(quantizer, LogQuantizer)
         quantizer.fake_quantize = types.MethodType(
             _log_fake_quantize if log else _uniform_fake_quantize, quantizer)
         quantizer.forward = types.MethodType(_forward, quantizer)
@@ -41,14 +41,18 @@ def uniform(x, scale, zero_point, low, high):
 
 
 def logarithmic(x, scale, bits, steps_per_octave, zero_below):
-    """Quantize-dequantize on the grid scale * 2**(-code / steps_per_octave)."""
+    """Quantize-dequantize on the grid scale * 2**(-code / steps_per_octave).
+
+    Steps are a number or a tensor that broadcasts.
+    """
     last = 2**bits - 1
     ratio = (x / scale).clamp(max=1)
-    smallest = 2.0**(-(last - zero_below) / steps_per_octave)
-    exponent = -torch.log2(ratio.clamp(min=smallest)) * steps_per_octave
+    steps_per_octave = torch.as_tensor(steps_per_octave, dtype=x.dtype)
+    smallest = torch.exp2(-(last - zero_below) / steps_per_octave)
+    exponent = -torch.log2(torch.maximum(ratio, smallest)) * steps_per_octave
     values = torch.exp2(-round_through(exponent) / steps_per_octave) * scale
     if zero_below:
-        mask = ratio <= 2.0**(-last / steps_per_octave)
+        mask = ratio <= torch.exp2(-last / steps_per_octave)
         values = values.masked_fill(mask, 0.0)
     return values
 
@@ -59,8 +63,11 @@ def _uniform_fake_quantize(self, x):
 
 
 def _log_fake_quantize(self, x):
-    return logarithmic(x, self.spread(self.scale, x), self.spec.bits, self.steps_per_octave,
-                       self.spec.zero_below)
+    steps = self.steps_per_octave
+    if isinstance(self, AdaLogQuantizer):
+        steps = self.spread(steps, x)
+    return logarithmic(x + self.spec.shift, self.spread(self.scale, x), self.spec.bits, steps,
+                       self.spec.zero_below) - self.spec.shift
 
 
 def _forward(self, x):

@@ -23,7 +23,8 @@ ASSETS = Path(__file__).parents[1] / 'assets'
 _ASSET_SCHEME = 'pfcr_mm://'
 _TIMM_SCHEME = 'timm://'
 # Keys of `quant` that say, beside the bits, what a layer's codes and scales mean.
-_MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'matmul_granularity')
+_MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'post_gelu',
+            'matmul_granularity')
 
 
 def read_checkpoint(path, trust=False, check=None):

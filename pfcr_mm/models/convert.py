@@ -11,6 +11,7 @@ from ..modules import Matmul, QuantConv2d, QuantConvTranspose2d, QuantLinear, Qu
 from ..quantizers import QuantizerSpec, build_rounding
 from ..quantizers.spec import check_bits
 from ..registry import CONVERTERS, QUANTIZERS, ROUNDINGS, lookup
+from .mlp import give_gelu_quantizers
 
 # Predictors of mmdet's heads, two-stage and dense: the last layers of a detector.
 LAST_LAYERS = (
@@ -34,6 +35,8 @@ class QuantConfig:
         rounding (str | dict): 'latent', 'adaround' or 'nearest'.
         weight_symmetric, activation_symmetric (bool): symmetric instead of affine.
         softmax (dict): `QuantizerSpec` of the attention weights, without bits.
+        post_gelu (dict | None): the same of inputs that come from a GELU, per tensor; None
+            treats them like all others.
         matmul_granularity (str): 'head' or 'tensor', for q, k and v.
         include, exclude (list[str]): name patterns (fnmatch) of layers.
         overrides (list[dict]): dict(pattern, weight_bits, activation_bits); the last
@@ -52,6 +55,7 @@ class QuantConfig:
     weight_symmetric: bool = False
     activation_symmetric: bool = False
     softmax: dict = field(default_factory=lambda: dict(kind='log2', granularity='head'))
+    post_gelu: dict | None = field(default_factory=dict)
     matmul_granularity: str = 'head'
     include: list = field(default_factory=lambda: ['*'])
     exclude: list = field(default_factory=list)
@@ -79,9 +83,16 @@ class QuantConfig:
             build_rounding(self.rounding)
         except TypeError as error:
             raise UsageError(f'quant.rounding: {error}') from None
-        known = [f.name for f in fields(QuantizerSpec) if f.name != 'bits']
-        check_keys(self.softmax, known, 'quant.softmax')
-        lookup(QUANTIZERS, self.softmax['kind'], 'quant.softmax.kind')
+        _check_spec(self.softmax, 'quant.softmax')
+        if self.post_gelu is not None:
+            if not isinstance(self.post_gelu, dict):
+                raise UsageError(f'quant.post_gelu={self.post_gelu!r} is no dict, and not None')
+            self.post_gelu = {'kind': 'adalog', 'granularity': 'tensor', **self.post_gelu}
+            if self.post_gelu['kind'] != 'uniform':
+                self.post_gelu = {'shift': 0.17, **self.post_gelu}
+            _check_spec(self.post_gelu, 'quant.post_gelu')
+            if self.post_gelu['granularity'] != 'tensor':
+                raise UsageError("quant.post_gelu.granularity has to be 'tensor'")
         for override in self.overrides:
             if 'pattern' not in override:
                 raise UsageError(f'quant.overrides: {override} has no pattern')
@@ -130,6 +141,13 @@ class QuantConfig:
             symmetric=self.activation_symmetric, granularity=self.matmul_granularity)
         return (QuantizerSpec(bits=qk, **operand), QuantizerSpec(bits=qk, **operand),
                 QuantizerSpec(bits=av, **self.softmax), QuantizerSpec(bits=av, **operand))
+
+
+def _check_spec(spec, key):
+    """Raise UsageError unless `spec`, a dict, makes a `QuantizerSpec` together with bits."""
+    check_keys(spec, [f.name for f in fields(QuantizerSpec) if f.name != 'bits'], key)
+    lookup(QUANTIZERS, spec['kind'], f'{key}.kind')
+    QuantizerSpec(**spec)
 
 
 @dataclass
@@ -184,6 +202,8 @@ def convert(model, quant):
         record = _convert_layer(model, name, aliases, module, quant, name in ends)
         if record is not None:
             census.append(record)
+    if quant.post_gelu is not None:
+        give_gelu_quantizers(model, quant.post_gelu)
     _check_patterns(quant, [record.name for record in census])
     return census
 

@@ -57,7 +57,8 @@ def check_quantized_state(detector, manifest, state, path):
         if value.is_meta or not value.is_floating_point():
             continue
         if not torch.isfinite(value).all() or (
-                key.endswith('.log_scale') and (value.abs() > 80).any()):
+                key.endswith('.log_scale') and (value.abs() > 80).any()) or (
+                key.endswith('.steps_per_octave') and (value <= 0).any()):
             raise UsageError(f'checkpoint {path} has NaN, Inf or impossible scales in {key!r}')
 
 
@@ -79,6 +80,7 @@ def _wanted(detector, manifest):
         layer, _, kind = name.rpartition('.')
         needed = kind == 'weight_quantizer' or modules[layer] not in unreached
         size = tuple(quantizer.log_scale.shape)
-        wanted[f'{name}.log_scale'] = (torch.float32, size, needed)
-        wanted[f'{name}.zero_point'] = (torch.uint8, size, needed)
+        for key in quantizer.state_keys:
+            dtype = torch.uint8 if key == 'zero_point' else torch.float32
+            wanted[f'{name}.{key}'] = (dtype, size, needed)
     return wanted

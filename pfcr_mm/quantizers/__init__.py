@@ -1,11 +1,11 @@
 """Numbers: quantizers, their scale search, and weight rounding. Torch only."""
 from .base import Quantizer, build_quantizer
-from .log import Log2Quantizer, LogSqrt2Quantizer
+from .log import AdaLogQuantizer, Log2Quantizer, LogQuantizer, LogSqrt2Quantizer
 from .rounding import AdaRound, LatentRounding, NearestRounding, build_rounding
 from .spec import QuantizerSpec
 from .uniform import UniformQuantizer
 
 __all__ = [
-    'AdaRound', 'LatentRounding', 'Log2Quantizer', 'LogSqrt2Quantizer', 'NearestRounding',
-    'Quantizer', 'QuantizerSpec', 'UniformQuantizer', 'build_quantizer', 'build_rounding'
+    'AdaLogQuantizer', 'AdaRound', 'LatentRounding', 'Log2Quantizer', 'LogQuantizer',
+    'LogSqrt2Quantizer', 'NearestRounding', 'Quantizer', 'QuantizerSpec', 'UniformQuantizer', 'build_quantizer', 'build_rounding'
 ]

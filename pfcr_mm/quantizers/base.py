@@ -35,6 +35,11 @@ class Quantizer(nn.Module):
         return self.spec.bits
 
     @property
+    def state_keys(self):
+        """Names of the tensors (size,) that a checkpoint holds of it."""
+        return (*self._parameters, *self._buffers)
+
+    @property
     def scale(self):
         """Scales, shape (size,), positive."""
         return self.log_scale.exp()
@@ -69,6 +74,33 @@ class Quantizer(nn.Module):
 
     def fake_quantize(self, x):
         """Quantize-dequantize `x` with the current scales."""
+        raise NotImplementedError
+
+    def levels(self):
+        """All values that it can give, ascending: (size, levels), on the CPU.
+
+        None for a kind that has no such list.
+        """
+        return None
+
+    def calibrate(self, samples, method, extremes=None):
+        """Set the scales by what it does to samples of its own input.
+
+        Args:
+            samples (Tensor): (size, n).
+            method (str): see `search.search_range`; a logarithmic grid has its own search.
+            extremes (tuple[Tensor] | None): least and largest values of all data, (size,),
+                where the samples are only a part of it.
+        """
+        raise NotImplementedError
+
+    def refine(self, inputs, weight):
+        """Search again, from what is set, for the least error of a layer's output.
+
+        Args:
+            inputs (Tensor): sampled inputs (n, fan_in), float.
+            weight (Tensor): the weight in force (rows, fan_in).
+        """
         raise NotImplementedError
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

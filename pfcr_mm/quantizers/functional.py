@@ -100,7 +100,7 @@ def fractional_fake_quantize(x, scale, zero_point, low, high):
 def log_encode(x, scale, bits, steps_per_octave, zero_below):
     """Codes of non-negative `x` on the grid scale * 2**(-code / steps_per_octave).
 
-    With `zero_below` the last code means zero and takes every value at least one
+    Steps are a number or a tensor that broadcasts. With `zero_below` the last code means zero and takes every value at least one
     step below the smallest power; else the last code is a power
     and takes everything below. Either way there are exactly 2**bits codes.
     """
@@ -113,7 +113,7 @@ def log_encode(x, scale, bits, steps_per_octave, zero_below):
 
 def log_decode(codes, scale, bits, steps_per_octave, zero_below):
     """Values of `codes`."""
-    values = torch.exp2(codes / -steps_per_octave) * scale
+    values = torch.exp2(-codes / steps_per_octave) * scale
     if zero_below:
         values = torch.where(codes == 2**bits - 1, 0.0, values)
     return values
@@ -153,6 +153,39 @@ class LogFakeQuantize(torch.autograd.Function):
                 gs.add_(product.sub_(gx).sum_to_size(gs.shape))
             gx.div_(ratio.clamp_(min=least).mul_(s))
         return grad_x, grad_scale.div_(scale), None, None, None
+
+
+class AdaLogFakeQuantize(torch.autograd.Function):
+    """x -> decode(encode(x + shift)) - shift on a logarithmic grid of any base, for x >= -shift.
+
+    Gradients as in `LogFakeQuantize`. Steps an octave are shaped like the scale and fixed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, steps, bits, zero_below, shift):
+        values = dense_like(x)
+        for x_, out, s, r in blocks((x, values), (scale, steps)):
+            codes = log_encode(x_ + shift, s, bits, r, zero_below)
+            torch.sub(log_decode(codes, s, bits, r, zero_below), shift, out=out)
+        ctx.save_for_backward(x, scale, steps, values)
+        ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift
+        return values
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, scale, steps, values = ctx.saved_tensors
+        grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
+        for g, x_, v, gx, s, r, gs in blocks(
+                (grad, x, values, grad_x), (scale, steps, grad_scale)):
+            ratio = (x_ + ctx.shift).clamp_(min=_TINY).div_(s)
+            product = (v + ctx.shift).mul_(g)
+            # a little beyond both ends, which themselves are inside
+            smallest = torch.exp2(-ctx.last / r) * (1 - 1e-6)
+            torch.mul(product, (ratio >= smallest) & (ratio <= 1 + 1e-6), out=gx)
+            if ctx.needs_input_grad[1]:
+                gs.add_(product.sub_(gx).sum_to_size(gs.shape))
+            gx.div_(ratio.mul_(s))
+        return grad_x, grad_scale.div_(scale), None, None, None, None
 
 
 _TINY = 1e-30  # what is less is zero: masked softmax gives 1e-44, and such numbers take long

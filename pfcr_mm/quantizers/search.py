@@ -60,6 +60,41 @@ def search_log_scale(samples, spec, steps_per_octave, minmax=None):
     return best
 
 
+def search_log_grid(samples, spec, minmax=None):
+    """Scale and steps an octave of a logarithmic quantizer, by mean squared error.
+
+    Args:
+        samples (Tensor): (groups, n), not negative.
+        minmax (tuple[Tensor] | None): true extremes (groups,).
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and steps an octave, each (groups,).
+    """
+    top = (minmax[1] if minmax is not None else samples.amax(1)).clamp(min=1e-8)
+    best_error = torch.full_like(top, torch.inf)
+    best = (top, torch.ones_like(top))
+    for scale, steps in _log_grids(top, spec):
+        values = _on_log_grid(samples, scale[:, None], steps, spec)
+        error = (values - samples).square().mean(1)
+        better = error < best_error
+        best = torch.where(better, scale, best[0]), torch.where(better, steps, best[1])
+        best_error = torch.minimum(error, best_error)
+    return best
+
+
+def _log_grids(top, spec):
+    """Candidates (scale like `top`, steps an octave): down to a 64th, over 1 to 16 octaves."""
+    intervals = 2**spec.bits - 1 - spec.zero_below
+    for step in range(13):
+        for octaves in torch.linspace(0, 4, 17).exp2().tolist():
+            yield top * 2.0**(-step / 2), intervals / octaves
+
+
+def _on_log_grid(samples, scale, steps, spec):
+    codes = F.log_encode(samples, scale, spec.bits, steps, spec.zero_below)
+    return F.log_decode(codes, scale, spec.bits, steps, spec.zero_below)
+
+
 def quantile_range(samples, p):
     """Lower and upper p-quantiles per group, of at most 2**23 values."""
     samples = _at_most(samples, max(2, _QUANTILE_LIMIT // len(samples)))
@@ -119,10 +154,6 @@ def refine_weight(weight, scale, zero_point, spec, inputs, groups=None):
 def refine_activation(inputs, weight, scale, zero_point, spec):
     """Search a per-tensor input quantizer for the least error of the layer's *output*.
 
-    Each output channel's error counts relative to the channel's own variance: a few huge
-    channels (massive activations of ViTs) would decide alone otherwise, with a step that
-    rounds all other tokens to nothing.
-
     Args:
         inputs (Tensor): sampled inputs (n, fan_in), float.
         weight (Tensor): the weight in force (rows, fan_in).
@@ -132,19 +163,15 @@ def refine_activation(inputs, weight, scale, zero_point, spec):
         tuple[Tensor, Tensor]: scale and zero point, (1,).
     """
     code_low, code_high = F.uniform_code_range(spec.bits, spec.symmetric)
-    deviation = (inputs @ weight.t()).std(0, correction=0)
-    if not deviation.any():  # one row, or rows that are all alike
+    output_error = _relative_output_error(inputs, weight)
+    if output_error is None:
         return scale, zero_point
-    weight = weight / deviation.clamp(min=1e-5 * deviation.max())[:, None]
-    if weight.shape[0] > weight.shape[1]:  # as long, with fewer rows
-        weight = torch.linalg.qr(weight).R
     best, best_cost = (scale, zero_point), torch.inf
 
     def offer(scale, zero_point):
         nonlocal best, best_cost
         codes = F.uniform_encode(inputs, scale, zero_point, code_low, code_high)
-        error = F.uniform_decode(codes, scale, zero_point) - inputs
-        cost = (error @ weight.t()).square().sum().item()
+        cost = output_error(F.uniform_decode(codes, scale, zero_point))
         if cost < best_cost:
             best, best_cost = (scale, zero_point), cost
 
@@ -163,6 +190,57 @@ def refine_activation(inputs, weight, scale, zero_point, spec):
         for shift in (-1, 0, 1) if not spec.symmetric else (0, ):
             offer(scale * factor, (zero_point + shift).clamp(code_low, code_high))
     return best
+
+
+def refine_log_grid(inputs, weight, scale, steps, spec):
+    """Search a per-tensor logarithmic input quantizer as `refine_activation` does.
+
+    Args:
+        inputs (Tensor): sampled inputs (n, fan_in), float, not negative.
+        weight (Tensor): the weight in force (rows, fan_in).
+        scale, steps (Tensor): scale and steps an octave in force, (1,).
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and steps an octave, (1,).
+    """
+    output_error = _relative_output_error(inputs, weight)
+    if output_error is None:
+        return scale, steps
+    best, best_cost = (scale, steps), torch.inf
+
+    def offer(scale, steps):
+        nonlocal best, best_cost
+        cost = output_error(_on_log_grid(inputs, scale, steps, spec))
+        if cost < best_cost:
+            best, best_cost = (scale, steps), cost
+
+    offer(scale, steps)
+    for candidate, number in _log_grids(inputs.amax().view(1), spec):
+        offer(candidate, torch.full_like(steps, number))
+    scale, steps = best
+    for factor in NEAR_FACTORS:
+        for stretch in (0.9, 1.0, 1.1):
+            offer(scale * factor, steps * stretch)
+    return best
+
+
+def _relative_output_error(inputs, weight):
+    """What quantized inputs cost a layer's output, as a function of them.
+
+    Each output channel's error counts relative to the channel's own variance: a few huge
+    channels (massive activations of ViTs) would decide alone otherwise, with a step that
+    rounds all other tokens to nothing.
+
+    Returns:
+        Callable | None: (n, fan_in) -> float; None for one row, or rows that are all alike.
+    """
+    deviation = (inputs @ weight.t()).std(0, correction=0)
+    if not deviation.any():
+        return None
+    weight = weight / deviation.clamp(min=1e-5 * deviation.max())[:, None]
+    if weight.shape[0] > weight.shape[1]:  # as long, with fewer rows
+        weight = torch.linalg.qr(weight).R
+    return lambda quantized: ((quantized - inputs) @ weight.t()).square().sum().item()
 
 
 def _ends_and_widths(samples, steps):

@@ -19,7 +19,8 @@ class QuantizerSpec:
     """Kind, width and granularity of a quantizer.
 
     Args:
-        kind (str): a name of the QUANTIZERS table: 'uniform', 'log2', 'log_sqrt2'.
+        kind (str): a name of the QUANTIZERS table: 'uniform', 'log2', 'log_sqrt2',
+            'adalog'.
         bits (int): 2 to 8.
         symmetric (bool): uniform only; codes are signed and the zero point is 0.
         granularity (str): 'tensor', 'channel' (one scale a channel) or 'head'
@@ -28,6 +29,8 @@ class QuantizerSpec:
             code has after reparameterisation; the quantizer then has 2**bits + 1 levels.
         zero_below (bool): log quantizers only. True spends the last code on
             exact zero; False saturates at the smallest power.
+        shift (float): log quantizers only. Added before and subtracted after, for values that
+            are at least -shift: 0.17 after a GELU.
     """
 
     kind: str = 'uniform'
@@ -36,9 +39,12 @@ class QuantizerSpec:
     granularity: str = 'tensor'
     zero_below: bool = True
     integer_zero_point: bool = True
+    shift: float = 0.0
 
     def __post_init__(self):
         check_bits(self.bits)
+        if not isinstance(self.shift, (int, float)) or not 0 <= self.shift < 100:
+            raise UsageError(f'shift={self.shift!r} is out of range; choose a number from 0 to 100')
         if self.granularity not in GRANULARITIES:
             raise UsageError(
                 f'granularity={self.granularity!r} is not known; choose one of {GRANULARITIES}')

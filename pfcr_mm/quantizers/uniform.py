@@ -3,6 +3,7 @@ import torch
 
 from ..registry import QUANTIZERS
 from . import functional as F
+from . import search
 from .base import Quantizer
 
 
@@ -33,3 +34,18 @@ class UniformQuantizer(Quantizer):
         """Values of integer `codes`."""
         return F.uniform_decode(
             codes, self.spread(self.scale, codes), self.spread(self.zero_point, codes))
+
+    @torch.no_grad()
+    def levels(self):
+        low, high = self.code_range
+        return F.uniform_decode(
+            torch.arange(low, high + 1.0), self.scale.cpu()[:, None],
+            self.zero_point.cpu()[:, None])
+
+    def calibrate(self, samples, method, extremes=None):
+        found = search.search_range(samples, self.spec, method, extremes)
+        self.set_scale(*(value.to(self.log_scale) for value in found))
+
+    def refine(self, inputs, weight):
+        self.set_scale(*search.refine_activation(
+            inputs, weight, self.scale, self.zero_point, self.spec))

@@ -12,7 +12,7 @@ import torch
 from .. import parallel
 from ..errors import UsageError
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows, set_quantization
-from ..quantizers import Log2Quantizer, search
+from ..quantizers import LogQuantizer, search
 from .noise import seed_of
 
 METHODS = ('minmax', 'percentile', 'mse', 'output')
@@ -156,7 +156,7 @@ class Observer:
                 grouped.shape[1], (min(self.limit, grouped.shape[1]), ),
                 generator=generator).to(x.device)
             rows = grouped[:, pick].t()
-            if isinstance(quantizer, Log2Quantizer):
+            if isinstance(quantizer, LogQuantizer):
                 rows = rows[rows.amin(1) > 1e-12]  # masked attention is exactly zero
             reservoir.add(rows, grouped.amin(1), grouped.amax(1), generator)
 
@@ -221,9 +221,7 @@ def _start_input(quantizer, reservoir, method):
         samples = reservoir.rows[::step].reshape(1, -1)
     else:
         samples = reservoir.rows.t()
-    scale, zero_point = search.search_range(
-        samples, quantizer.spec, method, (reservoir.low, reservoir.high))
-    quantizer.set_scale(*(v.to(quantizer.log_scale) for v in (scale, zero_point)))
+    quantizer.calibrate(samples, method, (reservoir.low, reservoir.high))
 
 
 def _refine(layer, rows, activations):
@@ -243,8 +241,7 @@ def _refine(layer, rows, activations):
         layer.weight.data = weight
         matrix = layer.weight_rows()
         layer.weight.data = kept
-        inputs.set_scale(*search.refine_activation(
-            rows[:1024], matrix, inputs.scale, inputs.zero_point, inputs.spec))
+        inputs.refine(rows[:1024], matrix)
 
 
 def _calibrate_operands(model, seen, method):
@@ -256,13 +253,5 @@ def _calibrate_operands(model, seen, method):
         if reservoir.rows is None or len(reservoir.rows) == 0:
             unreached.append(name)
             continue
-        samples, extremes = reservoir.rows.t(), (reservoir.low, reservoir.high)
-        if isinstance(quantizer, Log2Quantizer):
-            scale = search.search_log_scale(
-                samples, quantizer.spec, quantizer.steps_per_octave, extremes)
-            zero_point = None
-        else:
-            scale, zero_point = search.search_range(samples, quantizer.spec, method, extremes)
-            zero_point = zero_point.to(quantizer.log_scale)
-        quantizer.set_scale(scale.to(quantizer.log_scale), zero_point)
+        quantizer.calibrate(reservoir.rows.t(), method, (reservoir.low, reservoir.high))
     return unreached

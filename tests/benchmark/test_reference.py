@@ -42,7 +42,7 @@ def test_a_unit_has_the_same_output_and_gradients(kind, rounding):
         close(got, want)
 
 
-@pytest.mark.parametrize('kind', ['uniform', 'log2', 'log_sqrt2'])
+@pytest.mark.parametrize('kind', ['uniform', 'log2', 'log_sqrt2', 'adalog'])
 @pytest.mark.parametrize('layout', ['plain', 'per head', 'transposed', 'rows'])
 def test_large_tensors_in_blocks(kind, layout):
     """Several blocks give what one piece of work gives, whatever the layout."""

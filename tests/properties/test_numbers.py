@@ -65,7 +65,7 @@ def test_uniform_round_trip(values, bits, symmetric, method):
 
 @FEW
 @given(st.lists(st.floats(0, 1, width=32, allow_subnormal=False), min_size=1, max_size=40), BITS,
-       st.sampled_from(['log2', 'log_sqrt2']), st.booleans())
+       st.sampled_from(['log2', 'log_sqrt2', 'adalog']), st.booleans())
 def test_logarithmic_values_stay_on_the_grid(values, bits, kind, zero_below):
     quantizer = build_quantizer(QuantizerSpec(kind=kind, bits=bits, zero_below=zero_below))
     quantizer.set_scale(torch.ones(1))

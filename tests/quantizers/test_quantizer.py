@@ -5,7 +5,7 @@ import torch
 from pfcr_mm.errors import UsageError
 from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
 
-KINDS = ('uniform', 'log2', 'log_sqrt2')
+KINDS = ('uniform', 'log2', 'log_sqrt2', 'adalog')
 
 
 def ready(kind='uniform', bits=4, scale=(0.1, ), zero=None, axis=None, **spec):
@@ -61,7 +61,7 @@ def test_log_scale_gets_the_scale_gradient_times_the_scale():
 
 @pytest.mark.parametrize('kind, bits', [
     (kind, bits) for kind in KINDS for bits in range(2, 9)
-    if (kind, bits) != ('log2', 8)  # float32 has no 2**-254
+    if bits < 8 or kind in ('uniform', 'log_sqrt2')  # float32 has no 2**-254
 ])
 def test_levels_of_the_module(kind, bits):
     if kind == 'uniform':
@@ -71,7 +71,9 @@ def test_levels_of_the_module(kind, bits):
         torch.set_flush_denormal(False)  # a runner built by an earlier test flushes 2**-127
         quantizer = ready(kind, bits, (1.0, ))
         x = torch.cat([torch.exp2(torch.linspace(1, -128, 20_001)), torch.zeros(1)])
-    assert quantizer(x).unique().numel() == 2**bits
+    levels = quantizer(x).unique()
+    assert levels.numel() == 2**bits
+    torch.testing.assert_close(quantizer.levels(), levels[None])
 
 
 @pytest.mark.parametrize('share', [0.0, 0.25, 0.5, 0.9])
@@ -98,6 +100,39 @@ def test_state_of_a_calibrated_quantizer_round_trips():
     x = torch.randn(6, 2)
     assert target.enabled and target.calibrated
     assert torch.equal(target(x), source(x))
+
+
+def test_state_of_adalog_round_trips():
+    source = build_quantizer(QuantizerSpec(kind='adalog', shift=0.17), 2, -1)
+    source.set_grid(torch.tensor([2.0, 3.0]), torch.tensor([1.5, 40.0]))
+    assert set(source.state_dict()) == set(source.state_keys) \
+        == {'log_scale', 'zero_point', 'steps_per_octave'}
+    target = build_quantizer(source.spec, 2, -1)
+    target.load_state_dict(source.state_dict())
+    x = torch.randn(50, 2)
+    assert torch.equal(target(x), source.fake_quantize(x))
+
+
+@pytest.mark.parametrize('steps', [0.0, -2.0, float('nan'), float('inf')])
+def test_bad_steps_are_refused(steps):
+    with pytest.raises(ValueError, match='steps an octave must be positive and finite'):
+        build_quantizer(dict(kind='adalog')).set_grid(torch.ones(1), torch.tensor([steps]))
+
+
+@pytest.mark.parametrize('kind', ['log2', 'log_sqrt2', 'adalog'])
+def test_shifted_levels(kind):
+    """After a GELU: the least level is -shift, and every level stays itself."""
+    quantizer = ready(kind, 4, (5.0, ), shift=0.17)
+    levels = quantizer.levels()[0]
+    assert levels.tolist() == sorted(levels) and levels[0].item() == pytest.approx(-0.17)
+    assert levels[-1].item() == pytest.approx(4.83)
+    torch.testing.assert_close(quantizer(levels), levels)
+
+
+@pytest.mark.parametrize('shift', [-0.1, 'x', None, float('nan'), float('inf')])
+def test_a_bad_shift(shift):
+    with pytest.raises(UsageError, match='shift=.* is out of range'):
+        QuantizerSpec(kind='adalog', shift=shift)
 
 
 def test_uncalibrated_quantizer_saves_nothing_and_float_state_leaves_it_off():

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pfcr_mm.errors import UsageError
-from pfcr_mm.quantizers import QuantizerSpec, search
+from pfcr_mm.quantizers import QuantizerSpec, build_quantizer, search
 from pfcr_mm.quantizers import functional as F
 
 METHODS = ('minmax', 'percentile', 'mse')
@@ -67,6 +67,74 @@ def test_log_search_is_no_worse_than_the_largest_value():
         return (F.log_decode(codes, scale[:, None], 3, 2, True) - x).square().mean(1)
 
     assert (error(search.search_log_scale(x, spec, 2)) < error(x.amax(1))).all()
+
+
+def on_log_grid(x, scale, steps, spec):
+    rest = spec.bits, steps, spec.zero_below
+    return F.log_decode(F.log_encode(x, scale, *rest), scale, *rest)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 6, 8])
+def test_the_search_of_a_base_finds_it(bits):
+    """Values on a grid of powers of 1.6 come back almost as they were."""
+    spec = QuantizerSpec(kind='adalog', bits=bits)
+    steps = 1 / torch.tensor(1.6).log2()
+    codes = torch.randint(0, 2**min(bits, 4) - 1, (3, 4000), generator=seeded(bits))
+    x = torch.exp2(-codes / steps) * torch.tensor([[0.1], [1.0], [30.0]])
+    scale, found = search.search_log_grid(x, spec)
+    error = (on_log_grid(x, scale[:, None], found[:, None], spec) - x).square().mean(1)
+    assert (error < 0.02 * x.var(1)).all()
+
+
+def test_the_search_of_a_base_equals_a_loop_over_heads():
+    x = torch.softmax(heavy_tailed(4, 300, 20) * 2, -1).flatten(1)
+    spec = QuantizerSpec(kind='adalog', bits=3)
+    scale, steps = search.search_log_grid(x, spec)
+    for i in range(4):
+        one = search.search_log_grid(x[i:i + 1], spec)
+        assert torch.equal(torch.stack(one)[:, 0], torch.stack([scale[i], steps[i]]))
+
+
+def test_a_base_is_better_than_powers_of_two():
+    x = torch.softmax(heavy_tailed(4, 300, 49), -1).flatten(1)
+    spec = QuantizerSpec(kind='adalog', bits=3)
+    scale, steps = search.search_log_grid(x, spec)
+    ours = on_log_grid(x, scale[:, None], steps[:, None], spec)
+    plain = on_log_grid(x, search.search_log_scale(x, spec, 1)[:, None], 1, spec)
+    assert ((ours - x).square().mean(1) <= (plain - x).square().mean(1)).all()
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+def test_refine_log_grid_is_no_worse_on_the_output(bits):
+    """One huge value of one token must not decide: errors count by channel variance."""
+    spec = QuantizerSpec(kind='adalog', bits=bits, shift=0.17)
+    inputs = torch.nn.functional.gelu(torch.randn(400, 40, generator=seeded(0))) + 0.17
+    inputs[7, 3] = 200.0
+    weight = heavy_tailed(12, 40, seed=1)
+    start = torch.tensor([300.0]), torch.tensor([2.0])
+    found = search.refine_log_grid(inputs, weight, *start, spec)
+    deviation = (inputs @ weight.t()).std(0)
+
+    def cost(scale, steps):
+        error = (on_log_grid(inputs, scale, steps, spec) - inputs) @ weight.t()
+        return (error / deviation).square().sum().item()
+
+    assert cost(*found) < cost(*start)
+    spread = cost(*found) / weight.shape[0] / len(inputs)
+    assert spread < {2: 0.6, 3: 0.15, 4: 0.03, 8: 0.001}[bits]
+
+
+def test_refine_log_grid_keeps_what_it_cannot_judge():
+    spec = QuantizerSpec(kind='adalog')
+    start = torch.tensor([1.0]), torch.tensor([2.0])
+    assert search.refine_log_grid(torch.ones(5, 3), torch.rand(2, 3), *start, spec) == start
+
+
+@pytest.mark.parametrize('kind', ['log2', 'adalog'])
+def test_all_zero_values_are_harmless(kind):
+    quantizer = build_quantizer(dict(kind=kind, bits=4))
+    quantizer.calibrate(torch.zeros(1, 10), 'mse')
+    assert quantizer.calibrated and quantizer.fake_quantize(torch.zeros(3)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -65,8 +65,8 @@ def test_a_product_of_axes(grid, capsys):
 def test_columns(grid):
     _, rows, _ = grid('--grid', 'bits=w4a4,w3a3', '--seeds', 1)
     assert list(rows[0]) == [
-        'config', 'method', 'bits', 'units', 'pos', 'loss', 'rounding', 'softmax', 'padding',
-        'zero_point', 'traversal', 'seed', 'top1', 'top5', 'float_top1', 'float_top5',
+        'config', 'method', 'bits', 'units', 'pos', 'loss', 'rounding', 'softmax', 'gelu',
+        'padding', 'zero_point', 'traversal', 'seed', 'top1', 'top5', 'float_top1', 'float_top5',
         'calibrated_top1', 'calibrated_top5', 'iterations', 'seconds']
     assert [r['bits'] for r in rows] == ['w4a4', 'w3a3']
     assert (rows[0]['top1'], rows[0]['float_top1'], rows[0]['calibrated_top1']) == (
@@ -76,7 +76,7 @@ def test_columns(grid):
 
 def test_words_share_the_cell_in_which_nothing_varies(grid):
     code, rows, made = grid('--grid', 'loss', 'softmax', 'zero_point', '--seeds', 0)
-    assert code == 0 and len(made) == len(rows) == 4 + 3 + 2 - 2
+    assert code == 0 and len(made) == len(rows) == 4 + 4 + 2 - 2
     assert len({tuple(r.values()) for r in rows}) == len(rows)
 
 
@@ -107,7 +107,7 @@ def test_the_default_grid_of_a_detector(grid, capsys):
     assert grid('--list', '--seeds', 0, config=DEMO)[0] == 0
     lines = capsys.readouterr().out.splitlines()
     # units x POS, and each other axis around the config
-    assert len(lines) == len(set(lines)) == 6 * 4 + 3 + 1 + 2 + 1 + 1
+    assert len(lines) == len(set(lines)) == 6 * 4 + 3 + 1 + 3 + 1 + 1 + 1
     assert 'units-leaf..pair_pos-unit seed 0' in lines and 'padding-zero seed 0' in lines
     assert 'base seed 0' in lines
 
