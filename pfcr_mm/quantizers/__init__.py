@@ -7,5 +7,6 @@ from .uniform import UniformQuantizer
 
 __all__ = [
     'AdaLogQuantizer', 'AdaRound', 'LatentRounding', 'Log2Quantizer', 'LogQuantizer',
-    'LogSqrt2Quantizer', 'NearestRounding', 'Quantizer', 'QuantizerSpec', 'UniformQuantizer', 'build_quantizer', 'build_rounding'
+    'LogSqrt2Quantizer', 'NearestRounding', 'Quantizer', 'QuantizerSpec', 'UniformQuantizer',
+    'build_quantizer', 'build_rounding'
 ]

@@ -100,9 +100,9 @@ def fractional_fake_quantize(x, scale, zero_point, low, high):
 def log_encode(x, scale, bits, steps_per_octave, zero_below):
     """Codes of non-negative `x` on the grid scale * 2**(-code / steps_per_octave).
 
-    Steps are a number or a tensor that broadcasts. With `zero_below` the last code means zero and takes every value at least one
-    step below the smallest power; else the last code is a power
-    and takes everything below. Either way there are exactly 2**bits codes.
+    Steps are a number or a tensor that broadcasts. With `zero_below` the last code means zero
+    and takes every value at least one step below the smallest power; else the last code is a
+    power and takes everything below. Either way there are exactly 2**bits codes.
     """
     last = 2**bits - 1
     exponent = torch.log2((x / scale).clamp(0.0, 1.0)) * -steps_per_octave  # of 0: infinity
