@@ -10,6 +10,9 @@ is 1. --no-run only collects reports.
 Columns: config, weight_bits, activation_bits, seed, iterations (of all units), then box
 and mask AP of the float, the calibrated and the quantized model, seconds. Rows of other
 configs that the CSV holds already stay.
+
+With --long a row for each state of the model and split: config, bits, method, seed, split,
+box and mask AP. The split is 'test', and 'val' where quantize_cfg.evaluate.val is on.
 """
 import argparse
 import csv
@@ -31,6 +34,7 @@ STATES = ('float', 'calibrated', 'quantized')
 METRICS = ('bbox_mAP', 'segm_mAP')
 COLUMNS = ('config', 'weight_bits', 'activation_bits', 'seed', 'iterations',
            *(f'{state}_{metric}' for state in STATES for metric in METRICS), 'seconds')
+LONG_COLUMNS = ('config', 'bits', 'method', 'seed', 'split', *METRICS)
 
 
 def main(argv=None):
@@ -40,6 +44,7 @@ def main(argv=None):
     parser.add_argument('--out', required=True, help='CSV to write')
     parser.add_argument('--work-dir', default='work_dirs/matrix', help='folder of the runs')
     parser.add_argument('--no-run', action='store_true', help='collect the reports that are there')
+    parser.add_argument('--long', action='store_true', help='a row for each state and split')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='passed on to quant.py')
     args = parser.parse_args(argv)
 
@@ -47,7 +52,7 @@ def main(argv=None):
     out = Path(args.out)
     named = {(Path(config).stem, str(seed)) for config, seed in runs}
     kept = [r for r in read_csv(out) if (r['config'], r['seed']) not in named]
-    rows, failed = [], 0
+    rows, written, failed = [], [], 0
     for config, seed in runs:
         name = f'{Path(config).stem} seed {seed}'
         folder = Path(args.work_dir) / f'{Path(config).stem}_seed{seed}'
@@ -58,7 +63,8 @@ def main(argv=None):
         if report is None:
             continue
         rows.append(row(Path(config).stem, report))
-        write_csv(kept + rows, out, COLUMNS)
+        written += long_rows(Path(config).stem, report) if args.long else rows[-1:]
+        write_csv(kept + written, out, LONG_COLUMNS if args.long else COLUMNS)
     print('\n'.join(table(rows)))
     if failed:
         print(f'run_matrix: {failed} of {len(runs)} runs failed', file=sys.stderr)
@@ -140,6 +146,15 @@ def row(name, report):
         **{f'{state}_{metric}': (report[state] or {}).get(metric)
            for state in STATES for metric in METRICS},
         seconds=round(report['seconds']))
+
+
+def long_rows(name, report):
+    """CSV rows from a report, one for each state and split that was measured."""
+    bits = f"w{report['bits']['weight']}a{report['bits']['activation']}"
+    return [dict(config=name, bits=bits, method=label, seed=report['seed'], split=split,
+                 **{metric: found[state].get(metric) for metric in METRICS})
+            for split, found in (('test', report), ('val', report.get('val') or {}))
+            for state, label in labels(report).items() if found.get(state)]
 
 
 def read_csv(path):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from mmengine.runner import BaseLoop
 
 from .. import parallel
+from ..errors import UsageError
 from ..models import part_chains, reparameterise
 from ..models.checkpoint import save_quantized
 from ..models.reparam import fold_alike, make_channelwise
@@ -19,6 +20,7 @@ from ..reconstruction.faults import check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
 from . import settings
+from .augment import with_views
 from .data import calibration_images, check_dataset
 from .measure import measure
 from .phases import Phase, peak_memory_mb
@@ -41,7 +43,8 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
     Args:
         runner (QuantRunner): the runner.
         calibration (dict): images, held_out (of these, for accepting units),
-            search_images (of these, for scales), method, rounds, rows, dataset.
+            search_images (of these, for scales), method, rounds, rows, dataset, views (of
+            each image learned from, see `with_views`).
         levels (list[str]): units of the backbone, see `LEVELS`; [] only calibrates.
         head_levels (list[str]): units of neck and heads; [] leaves them calibrated.
         traversal (str): 'post_order' or 'level_order'.
@@ -52,7 +55,8 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         rois (dict): RoIs an image for the box heads (`proposals`) and the mask
             heads (`detections`).
         cache_dtype (str | None): storage type of cached activations, such as 'float16'.
-        evaluate (dict): whether to measure the `float` and the `calibrated` model.
+        evaluate (dict): whether to measure the `float` and the `calibrated` model, and whether
+            to measure what is measured with the `val` dataloader too.
         expected (dict | None): float metrics that the checkpoint is known for.
         total_iters (int | None): iterations of all units together; those that the other keys
             give are scaled to it, so that methods compare at equal cost.
@@ -81,7 +85,7 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         self.total_iters = settings.total_iters_of(total_iters)
         self.on_nonfinite = settings.on_nonfinite_of(on_nonfinite)
         self.records, self.notes = [], []
-        self.metrics, self.all_metrics, self.phases = {}, {}, {}
+        self.metrics, self.all_metrics, self.val_metrics, self.phases = {}, {}, {}, {}
         self.folds = {}  # of the model and of its teacher
         self.stop = StopSignals()  # the runner enters it
         self.init_resume()
@@ -148,16 +152,24 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
     def prepare(self):
         """Everything that can fail for a mistake in config or data, before any work."""
         check_dataset(self.runner.cfg.test_dataloader.dataset, 'test_dataloader')
+        if self.evaluations['val']:
+            if None in map(self.runner.cfg.get, ('val_dataloader', 'val_evaluator')):
+                raise UsageError(
+                    'quantize_cfg.evaluate.val is on, the config has no val_dataloader or no '
+                    'val_evaluator')
+            check_dataset(self.runner.cfg.val_dataloader.dataset, 'val_dataloader')
         self.arrange()
         for (number, _), units in self.plan().items():
             for unit in units:
                 for loss in losses_in(self.unit_config(number, unit).loss):
                     check_shareable(parse_loss(loss)[0], loss)
-        self.images = calibration_images(
+        images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note)
         self.count(parallel.whole(parallel.Shard(
-            (tuple(inputs.shape[-2:]) for inputs, _ in self.images), self.images.numbers)))
+            (tuple(inputs.shape[-2:]) for inputs, _ in images), images.numbers)))
+        self.images = with_views(
+            images, self.calibration['views'], self.learned_on, self.seed)
         self.teacher = copy.deepcopy(self.model)
         self.teacher_chains, _ = part_chains(self.teacher)
 
@@ -232,10 +244,12 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         self._reconstructor = None
 
     def measure(self, state, model):
-        """Test `model` on the test split; what counts goes to metrics[state]."""
+        """Test `model`; what counts goes to metrics[state], and of val to val_metrics[state]."""
         with self._phase(f'evaluate {state}'):
             self.metrics[state], self.all_metrics[state] = measure(
                 self.runner, model, self.images)
+            if self.evaluations['val']:
+                self.val_metrics[state], _ = measure(self.runner, model, self.images, 'val')
 
     # --- helpers -------------------------------------------------------------
 

@@ -1,6 +1,8 @@
-"""Measuring a model on the test split."""
+"""Measuring a model on the test split, or on another."""
 import io
 from contextlib import redirect_stdout
+
+from mmengine.runner import TestLoop
 
 from ..errors import UsageError
 from .data import check_images, check_worker, refuse_shared_images
@@ -8,13 +10,14 @@ from .metrics import counted
 from .per_class import per_class
 
 
-def measure(runner, model, calibrated_on):
-    """Test `model` on the test split of a runner.
+def measure(runner, model, calibrated_on, split='test'):
+    """Test `model` on a split of a runner's config.
 
     Args:
         runner (QuantRunner): its own model is put back afterwards.
         model (nn.Module): what is measured.
         calibrated_on (Shard): calibration images, none of which may be tested on.
+        split (str): 'test' or 'val': whose dataloader and evaluator.
 
     Returns:
         tuple[dict, dict]: what counts, and all there is, AP by class included.
@@ -24,8 +27,11 @@ def measure(runner, model, calibrated_on):
     """
     current, runner.model = runner.model, model
     try:
-        loop = runner.build_test_loop(runner._test_loop)
-        runner._test_loop = loop
+        if split == 'test':
+            loop = runner._test_loop = runner.build_test_loop(runner._test_loop)
+        else:
+            loop = TestLoop(
+                runner, runner.cfg[f'{split}_dataloader'], runner.cfg[f'{split}_evaluator'])
         refuse_shared_images(calibrated_on, loop.dataloader.dataset)
         with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
             with per_class() as classes:
@@ -34,7 +40,7 @@ def measure(runner, model, calibrated_on):
         raise
     except Exception as error:
         check_worker(error)
-        check_images(runner.test_dataloader.dataset)
+        check_images(loop.dataloader.dataset)
         raise
     finally:
         runner.model = current

@@ -46,9 +46,11 @@ class Planned:
         self._share_iterations()
 
     def count(self, sizes):
-        """Take note of the calibration images' sizes (H, W)."""
-        self.image_sizes = sizes
+        """Take note of the calibration images' sizes (H, W), views not counted."""
         self.held_out = min(self.calibration['held_out'], len(sizes) // 4)
+        self.learned_on = len(sizes) - self.held_out
+        views = self.calibration['views']
+        self.image_sizes = sizes[:self.learned_on] * views + sizes[self.learned_on:]
 
     def plan(self):
         """Units by (POS stage, part), in order: what `run` is going to do."""

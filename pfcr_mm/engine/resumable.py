@@ -94,7 +94,8 @@ class Resumable:
             paths=self._reconstructor.paths() if self._reconstructor else None,
             records=[asdict(record) for record in self.records], notes=list(self.notes),
             folds=dict(self.folds), boxes=_pack(self._boxes), metrics=plain(self.metrics),
-            all_metrics=plain(self.all_metrics), phases=plain(phases), seconds=self.elapsed(),
+            all_metrics=plain(self.all_metrics), val_metrics=plain(self.val_metrics),
+            phases=plain(phases), seconds=self.elapsed(),
             checkpoint_seconds=self.checkpoint_seconds, random=random_state())
 
     def load_state_dict(self, state):
@@ -108,7 +109,7 @@ class Resumable:
         self.records = [UnitRecord(**record) for record in state['records']]
         self.notes, self.phases = state['notes'], state['phases']
         self.metrics, self.all_metrics = state['metrics'], state['all_metrics']
-        self._spent = state['seconds']
+        self.val_metrics, self._spent = state['val_metrics'], state['seconds']
         self.checkpoint_seconds = state['checkpoint_seconds']
         set_random_state(state['random'])
         for key, value in environment().items():

@@ -9,9 +9,9 @@ from ..reconstruction.units import check_levels
 
 _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None)
+    dataset=None, views=1)
 _ROIS = dict(proposals=64, detections=16)
-_EVALUATE = dict(float=True, calibrated=True)
+_EVALUATE = dict(float=True, calibrated=True, val=False)
 
 
 def calibration_of(given):
@@ -22,7 +22,7 @@ def calibration_of(given):
             f"quantize_cfg.calibration.method={found['method']!r} is not known; "
             f'choose one of {METHODS}')
     for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
-                       ('rows', 4)):
+                       ('rows', 4), ('views', 1)):
         _check_integer(found[key], least, f'calibration.{key}')
     return found
 

@@ -11,7 +11,7 @@ def test_what_is_not_said_has_a_default():
     assert found['images'] == 8 and found['search_images'] == 32
     assert settings.calibration_of(None)['images'] == 256  # the other call has left no trace
     assert settings.rois_of(None) == dict(proposals=64, detections=16)
-    assert settings.evaluate_of(dict(float=False)) == dict(float=False, calibrated=True)
+    assert settings.evaluate_of(dict(float=False)) == dict(float=False, calibrated=True, val=False)
     assert settings.dtype_of('float16') is torch.float16 and settings.dtype_of(None) is None
 
 

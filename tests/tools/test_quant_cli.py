@@ -155,6 +155,19 @@ def test_another_seed_gives_other_integers(tiny_run, tmp_path):
     assert any(not torch.equal(first[k], second[k]) for k in first)
 
 
+def test_the_val_split_and_views(tiny_run, tmp_path):
+    """Where both splits are one, both figures are; views are no images."""
+    options = (*tiny_run.options, 'quantize_cfg.evaluate.val=True',
+               'quantize_cfg.calibration.views=3')
+    assert quant_main(arguments(W4A4, tiny_run.checkpoint, tmp_path, options)) == 0
+    report = json.loads((tmp_path / 'report.json').read_text())
+    assert report['val'] == {s: report[s] for s in ('float', 'calibrated', 'quantized')}
+    assert report['calibration'] == tiny_run.report['calibration']
+    assert tiny_run.report['val'] is None
+    first, second = codes(tiny_run.quantized), codes(tmp_path / 'quantized.pth')
+    assert any(not torch.equal(first[k], second[k]) for k in first)
+
+
 def test_new_process_measures_the_same_ap(demo_run, tmp_path):
     assert demo_run.code == 0
     saved = demo_run.report['quantized']

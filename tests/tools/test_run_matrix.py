@@ -65,6 +65,32 @@ def test_rows_and_columns(bench, capsys):
     assert 'calibrated only' not in printed  # not measured, so not shown
 
 
+def test_long_rows(bench, matrix):
+    _, rows, _ = bench(W4A4, '--seeds', 0, 1, '--long')
+    assert list(rows[0]) == ['config', 'bits', 'method', 'seed', 'split', 'bbox_mAP', 'segm_mAP']
+    assert [(r['method'], r['seed'], r['bbox_mAP']) for r in rows] == [
+        ('float', '0', '0.5'), ('quantized', '0', '0.45'),
+        ('float', '1', '0.5'), ('quantized', '1', '0.46')]
+    assert {(r['bits'], r['split']) for r in rows} == {('w4a4', 'test')}
+    # another config beside it, and a run that is not repeated
+    other = W4A4.with_name('pfcr_maskrcnn_swin_demo_w2a4.py')
+    _, rows, made = bench(other, W4A4, '--seeds', 0, '--long')
+    assert [name for name, _ in made] == [f'{other.stem}_seed0'] and len(rows) == 2 + 2 + 2
+
+
+def test_long_rows_of_two_splits(matrix):
+    ap = dict(bbox_mAP=0.5, segm_mAP=0.4)
+    report = dict(
+        bits=dict(weight=3, activation=4), seed=2, method='PFCR', units=[1], float=ap,
+        calibrated=None, quantized=ap, val=dict(float=dict(bbox_mAP=0.1), quantized=ap))
+    found = [tuple(r.values()) for r in matrix.long_rows('mine', report)]
+    assert found == [
+        ('mine', 'w3a4', 'float', 2, 'test', 0.5, 0.4),
+        ('mine', 'w3a4', 'PFCR', 2, 'test', 0.5, 0.4),
+        ('mine', 'w3a4', 'float', 2, 'val', 0.1, None),
+        ('mine', 'w3a4', 'PFCR', 2, 'val', 0.5, 0.4)]
+
+
 def test_columns_are_those_of_the_results_in_the_repository():
     assert (REPO / 'results' / 'demo_1000.csv').read_text().splitlines()[0] == HEADER
 

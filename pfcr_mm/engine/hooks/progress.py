@@ -69,8 +69,8 @@ def plan_lines(loop):
         f'quantized, {len(skipped)} skipped',
         f'  bits: {_counts(map(_bits, census))}',
         f'  parts: {_counts(_part(loop, record.name) for record in census)} (layers)',
-        f'  calibration: {len(loop.image_sizes)} training images, '
-        f'{loop.held_out} of them to accept units by; '
+        f'  calibration: {loop.learned_on + loop.held_out} training images, {loop.held_out} of '
+        f"them to accept units by, the others in {loop.calibration['views']} views; "
         f"method {loop.calibration['method']}; up to {width}x{height} pixels",
         f'  POS: {loop.pos.mode}; weight rounding: {quant.rounding}; {loop.traversal}',
     ]

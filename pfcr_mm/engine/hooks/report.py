@@ -58,13 +58,14 @@ def build_report(runner):
         method=method_name(runner.cfg, loop.records),
         bits=dict(weight=quant.weight_bits, activation=quant.activation_bits),
         **{state: loop.metrics.get(state) for state in _STATES},
+        val=loop.val_metrics or None,
         size_mb=dict(float=float_size_bytes(model) / 1e6, quantized=loop.size_bytes / 1e6),
         seconds=loop.seconds,
         checkpoint_seconds=loop.checkpoint_seconds,
         peak_memory_mb=max(  # a resumed run's earlier pieces are in its phases
             [peak_memory_mb(), *(phase['peak_memory_mb'] for phase in loop.phases.values())]),
         calibration=dict(
-            images=len(loop.image_sizes),
+            images=loop.learned_on + loop.held_out,
             split='own dataset' if loop.calibration['dataset'] else 'train'),
         seed=loop.seed,
         processes=parallel.world_size(),

@@ -1,0 +1,59 @@
+"""Augmented views of calibration images: more to learn from, without more images."""
+import torch
+import torch.nn.functional as F
+
+from .. import parallel
+from ..reconstruction.noise import seed_of
+
+LEAST_AREA = 0.4  # of the image, in a crop
+
+
+def with_views(images, views, learned_on, seed):
+    """Images to learn from several times, as cut and mirrored differently; the others once.
+
+    Args:
+        images (Shard): inputs (1, 3, H, W) and data samples, a pair an image.
+        views (int): of each image to learn from; the first is the image as it is.
+        learned_on (int): so many images are learned from; those after them, which decide
+            whether a unit is kept, stay last.
+        seed (int): draws the cuts, with the image's number.
+
+    Returns:
+        Shard: numbered anew: the images, their second views, and so on, the others.
+    """
+    entries = {}
+    for number, (inputs, samples) in zip(images.numbers, images):
+        if number >= learned_on:
+            entries[number + (views - 1) * learned_on] = inputs, samples
+            continue
+        entries[number] = inputs, samples
+        for view in range(1, views):
+            place = number + view * learned_on
+            generator = torch.Generator().manual_seed(seed_of(seed, 'view', place))
+            entries[place] = cut_and_mirror(inputs, samples, generator), samples
+    places = sorted(entries)
+    return parallel.Shard(map(entries.get, places), places)
+
+
+def cut_and_mirror(inputs, samples, generator):
+    """A random part of an image at the image's size, mirrored half of the time.
+
+    Args:
+        inputs (Tensor): (1, 3, H, W), normalised.
+        samples (list): one data sample; what its `img_shape` (h, w) leaves out is padding and
+            stays.
+        generator (torch.Generator): draws.
+
+    Returns:
+        Tensor: like `inputs`. The aspect ratio of things stays.
+    """
+    height, width = samples[0].metainfo.get('img_shape', inputs.shape[-2:])[:2]
+    share, down, right, mirror = torch.rand(4, generator=generator).tolist()
+    side = (LEAST_AREA + (1 - LEAST_AREA) * share)**0.5
+    cut_height, cut_width = max(1, round(height * side)), max(1, round(width * side))
+    top, left = int(down * (height - cut_height + 1)), int(right * (width - cut_width + 1))
+    part = inputs[..., top:top + cut_height, left:left + cut_width]
+    part = F.interpolate(part, (height, width), mode='bilinear', align_corners=False)
+    view = inputs.clone()
+    view[..., :height, :width] = part.flip(-1) if mirror < 0.5 else part
+    return view

@@ -1,0 +1,83 @@
+"""Views of calibration images: which there are, what they show, that seeds decide."""
+import pytest
+import torch
+from mmengine.structures import BaseDataElement
+
+from pfcr_mm import parallel
+from pfcr_mm.engine.augment import LEAST_AREA, cut_and_mirror, with_views
+
+
+def image(value=None, height=24, width=30, **metainfo):
+    """An image whose first channel is its columns and second its rows, or of one value."""
+    inputs = torch.full((1, 3, height, width), float(value or 0))
+    if value is None:
+        inputs[0, 0] = torch.arange(width).float()
+        inputs[0, 1] = torch.arange(height).float()[:, None]
+    return inputs, [BaseDataElement(metainfo=metainfo)]
+
+
+def shard(count, numbers=None):
+    numbers = list(range(count)) if numbers is None else numbers
+    return parallel.Shard([image(n + 1) for n in numbers], numbers)
+
+
+def values(images):
+    return [int(inputs[0, 0, 0, 0]) - 1 for inputs, _ in images]
+
+
+def test_order_and_numbers():
+    """Five images, the last two decide about units: they come once, and last."""
+    found = with_views(shard(5), 3, 3, seed=0)
+    assert values(found) == [0, 1, 2, 0, 1, 2, 0, 1, 2, 3, 4]
+    assert found.numbers == list(range(11))
+
+
+def test_one_view_is_the_images_themselves():
+    images = shard(4)
+    found = with_views(images, 1, 3, seed=0)
+    assert found.numbers == images.numbers
+    assert all(a is b for (a, _), (b, _) in zip(found, images))
+
+
+def test_several_processes_hold_what_one_holds():
+    whole = with_views(shard(5), 2, 4, seed=3)
+    parts = [with_views(shard(5, numbers), 2, 4, seed=3) for numbers in ([0, 2, 4], [1, 3])]
+    joined = sorted((n, inputs) for part in parts for n, (inputs, _) in zip(part.numbers, part))
+    assert [n for n, _ in joined] == whole.numbers
+    assert all(torch.equal(a, b) for (_, a), (b, _) in zip(joined, whole))
+
+
+def test_views_differ_and_a_seed_repeats_them():
+    images = parallel.Shard([image()], [0])
+    first, again, other = (with_views(images, 4, 1, seed) for seed in (0, 0, 1))
+    assert torch.equal(first[0][0], images[0][0])  # the first view is the image as it is
+    for i in range(1, 4):
+        assert torch.equal(first[i][0], again[i][0])
+        assert not torch.equal(first[i][0], other[i][0])
+        assert not torch.equal(first[i][0], first[i - 1][0])
+
+
+def test_a_view_is_a_part_of_the_image_in_its_shape():
+    inputs, samples = image()
+    mirrored = 0
+    for seed in range(60):
+        view = cut_and_mirror(inputs, samples, torch.Generator().manual_seed(seed))
+        assert view.shape == inputs.shape and view.min() >= 0 and view.max() < 29.001
+        columns, rows = view[0, 0, 12], view[0, 1, :, 15]
+        steps = columns.diff()[2:-2]  # at the border the last column is repeated
+        mirrored += steps.mean().item() < 0
+        # things grow by as much in width as in height, by 1 / sqrt(area) at most
+        growth = steps.abs().mean().item(), rows.diff()[2:-2].mean().item()
+        assert growth[0] == pytest.approx(growth[1], abs=0.05)
+        assert LEAST_AREA**0.5 - 0.05 < growth[0] <= 1.001
+        assert (rows.diff() >= 0).all()  # never upside down
+    assert 15 < mirrored < 45
+
+
+def test_padding_stays():
+    inputs, samples = image(img_shape=(16, 20))
+    inputs[..., 16:, :] = inputs[..., 20:] = -7
+    for seed in range(10):
+        view = cut_and_mirror(inputs, samples, torch.Generator().manual_seed(seed))
+        assert (view[..., 16:, :] == -7).all() and (view[..., 20:] == -7).all()
+        assert view[..., :16, :20].min() >= 0
