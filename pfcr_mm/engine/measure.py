@@ -14,7 +14,7 @@ def measure(runner, model, calibrated_on):
     Args:
         runner (QuantRunner): its own model is put back afterwards.
         model (nn.Module): what is measured.
-        calibrated_on (Shard): calibration images, none of which may be tested on.
+        calibrated_on (Images): calibration images, none of which may be tested on.
 
     Returns:
         tuple[dict, dict]: what counts, and all there is, AP by class included.

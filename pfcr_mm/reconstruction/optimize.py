@@ -112,7 +112,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         unit (Unit): leaves [start, stop) of the chain.
         quantized_inputs (Stream): the unit's input from the quantized prefix.
         float_inputs (Stream): the same from the float model.
-        targets (list[tuple[Tensor]]): the float model's outputs, one entry an image held.
+        targets (Sequence[tuple[Tensor]]): the float model's outputs, one entry an image held.
         config (UnitConfig): rates and iterations.
         learn_weights (str): 'rounding' as the layers' rounding says, or 'float' for
             plain float weights (first stage of POS), or 'fixed' for activation scales alone.
@@ -226,7 +226,7 @@ class Batch:
         """From streams and targets; `rows` has the whole batch."""
         state = quantized.batch(indices, device)
         numbers = [quantized.numbers[i] for i in indices]
-        sizes = [quantized.states[i].tensors[0].shape[0] for i in indices]
+        sizes = [quantized.states[i].rows for i in indices]
         if input_mix < 1.0:
             noise.begin('input', step, numbers, sizes)
             state = _mix(state, floating.batch(indices, device), input_mix, noise)
@@ -386,7 +386,7 @@ def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, d
             pick = bucket[k:k + batch_size]
             state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
             loss = loss_of(state.tensors + side, _collate(targets, pick, device))
-            total += float(loss) * sum(inputs.states[i].tensors[0].shape[0] for i in pick)
+            total += float(loss) * sum(inputs.states[i].rows for i in pick)
     return total
 
 

@@ -11,26 +11,26 @@ from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
 from .. import parallel
 from ..models.chain import State
+from .cache import FeatureCache
 from .capture import Stream
 from .noise import seed_of
 
 
-def image_stream(images):
-    """Stream into the backbone: (1, 3, H, W) each."""
-    return Stream([State((inputs, )) for inputs, _ in images], None, parallel.numbers_of(images))
-
-
 @torch.no_grad()
-def backbone_stream(model, images, dtype=None):
+def backbone_stream(model, images, cache=None):
     """Stream into the neck: the backbone's maps."""
-    return Stream([State(tuple(model.backbone(_on(model, x)))) for x, _ in images], dtype,
-                  parallel.numbers_of(images))
+    return _map_stream(model, images, model.backbone, cache)
 
 
 @torch.no_grad()
-def feature_stream(model, images, dtype=None):
+def feature_stream(model, images, cache=None):
     """Stream into the RPN head: all maps of the neck."""
-    return Stream([State(tuple(model.extract_feat(_on(model, x)))) for x, _ in images], dtype,
+    return _map_stream(model, images, model.extract_feat, cache)
+
+
+def _map_stream(model, images, maps_of, cache):
+    shelf = (cache or FeatureCache()).shelf()
+    return Stream([shelf.keep(State(tuple(maps_of(_on(model, inputs))))) for inputs, _ in images],
                   parallel.numbers_of(images))
 
 
@@ -53,7 +53,7 @@ def own_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
 
     Args:
         teacher (nn.Module): the float detector.
-        images (list | Shard): (inputs, data samples) pairs.
+        images (list | Images): (inputs, data samples) pairs.
         proposals_per_image (int): proposals kept: the best half, and a random half.
         detections_per_image (int): detections kept, best first.
         seed (int): draws proposals, with the image's number.
@@ -109,16 +109,17 @@ def refined(roi_head, maps, boxes, meta):
 
 
 @torch.no_grad()
-def roi_stream(model, part, images, boxes, dtype=None):
+def roi_stream(model, part, images, boxes, cache=None):
     """Stream into a RoI head: features (n, C, h, w) of the images that have boxes.
 
     Args:
         model (nn.Module): the detector.
         part (str): name of the head, such as 'roi_head.bbox_head.1'.
-        images (list | Shard): (inputs, data samples) pairs.
+        images (list | Images): (inputs, data samples) pairs.
         boxes (list[Tensor]): (n, 4) an image, by its number.
-        dtype (torch.dtype | None): storage type.
+        cache (FeatureCache | None): keeps the features.
     """
+    shelf = (cache or FeatureCache()).shelf()
     extractor = extractor_of(model, part)
     states, numbers = [], []
     for number, (inputs, _) in zip(parallel.numbers_of(images), images):
@@ -128,8 +129,8 @@ def roi_stream(model, part, images, boxes, dtype=None):
         numbers.append(number)
         maps = model.extract_feat(_on(model, inputs))
         rois = bbox2roi([image_boxes.to(maps[0].device)])
-        states.append(State((extractor(maps[:extractor.num_inputs], rois), )))
-    return Stream(states, dtype, numbers)
+        states.append(shelf.keep(State((extractor(maps[:extractor.num_inputs], rois), ))))
+    return Stream(states, numbers)
 
 
 @torch.no_grad()
