@@ -111,8 +111,7 @@ class ChainReconstructor:
                 self.chain, inputs, unit.start, unit.stop, self.device, cache=self.cache,
                 sides=False)
             self.quantized.put(unit.stop, unit.start, outputs)
-        return UnitRecord(
-            unit.name, unit.chain, unit.level, stage.number, iters=config.iters, **result)
+        return UnitRecord(unit.name, unit.chain, unit.level, stage.number, **result)
 
     def _context(self, float_chain, unit, outputs, states, batch_size):
         view = float_chain

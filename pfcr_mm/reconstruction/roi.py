@@ -11,6 +11,7 @@ from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
 from .. import parallel
 from ..models.chain import State
+from ..modules import weights_once
 from .cache import FeatureCache
 from .capture import Stream
 from .noise import seed_of
@@ -30,8 +31,9 @@ def feature_stream(model, images, cache=None):
 
 def _map_stream(model, images, maps_of, cache):
     shelf = (cache or FeatureCache()).shelf()
-    return Stream([shelf.keep(State(tuple(maps_of(_on(model, inputs))))) for inputs, _ in images],
-                  parallel.numbers_of(images))
+    with weights_once([model]):
+        states = [shelf.keep(State(tuple(maps_of(_on(model, inputs))))) for inputs, _ in images]
+    return Stream(states, parallel.numbers_of(images))
 
 
 def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
@@ -122,14 +124,15 @@ def roi_stream(model, part, images, boxes, cache=None):
     shelf = (cache or FeatureCache()).shelf()
     extractor = extractor_of(model, part)
     states, numbers = [], []
-    for number, (inputs, _) in zip(parallel.numbers_of(images), images):
-        image_boxes = boxes[number]
-        if len(image_boxes) == 0:
-            continue
-        numbers.append(number)
-        maps = model.extract_feat(_on(model, inputs))
-        rois = bbox2roi([image_boxes.to(maps[0].device)])
-        states.append(shelf.keep(State((extractor(maps[:extractor.num_inputs], rois), ))))
+    with weights_once([model]):
+        for number, (inputs, _) in zip(parallel.numbers_of(images), images):
+            image_boxes = boxes[number]
+            if len(image_boxes) == 0:
+                continue
+            numbers.append(number)
+            maps = model.extract_feat(_on(model, inputs))
+            rois = bbox2roi([image_boxes.to(maps[0].device)])
+            states.append(shelf.keep(State((extractor(maps[:extractor.num_inputs], rois), ))))
     return Stream(states, numbers)
 
 
