@@ -1,10 +1,9 @@
 """Measure what reconstruction costs, as ratios to float, and write it as JSON.
 
-    python tools/benchmark.py --out FILE [--size demo|full] [--kinds KIND ...]
-                              [--reports REPORT.json ...]
+    python tools/benchmark.py --out FILE [--size demo|full] [--kinds KIND ...] [--images N ...]
 
-See docs/performance.md for what is measured. Memory by number of calibration images and
-seconds by phase come from the reports of runs made with `quantize_cfg.calibration.images=N`.
+See docs/performance.md for what is measured. `--kinds` or `--images` without a value leaves
+that half out.
 """
 import argparse
 import json
@@ -23,19 +22,22 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', required=True, help='JSON to write')
     parser.add_argument('--size', choices=SIZES, default='demo', help='width and image size')
-    parser.add_argument('--kinds', nargs='+', choices=KINDS, default=list(KINDS))
+    parser.add_argument('--kinds', nargs='*', choices=KINDS, default=list(KINDS))
     parser.add_argument('--pairs', type=int, default=15, help='measurements of each')
     parser.add_argument('--clock', choices=CLOCKS, default='wall',
                         help='cpu where other jobs share the machine')
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--threads', type=int, help='of torch')
-    parser.add_argument('--reports', nargs='+', default=[], help='report.json of runs')
+    parser.add_argument('--images', nargs='*', type=int, default=[64, 512],
+                        help='calibration images of whole runs of the demo config')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE',
+                        help='of these runs, such as quantize_cfg.parts=[backbone]')
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
         found = run_benchmark(args.size, args.kinds, args.pairs, args.clock, args.device,
-                              args.reports)
+                              args.images, args.cfg_options)
     except UsageError as error:
         print(f'benchmark.py: error: {error}', file=sys.stderr)
         return 2

@@ -11,7 +11,8 @@ from ..models.backbones import TimmViT
 from ..models.chain import Chain
 from ..modules import set_quantization
 from ..reconstruction import Unit, calibrate, observe, units_of
-from ..reconstruction.capture import Stream, advance
+from ..reconstruction.cache import FeatureCache
+from ..reconstruction.capture import Stream, Targets, advance
 from ..registry import CHAINS
 
 IMAGES = 16  # that a unit is reconstructed from, generated
@@ -39,7 +40,7 @@ class Case:
         chain, float_chain (Chain): of it and of its float twin.
         unit (Unit): of both.
         inputs (Stream): the float input of the unit.
-        targets (list[tuple[Tensor]]): its float output.
+        targets (Targets): its float output.
         batch (int): images a step.
     """
 
@@ -49,7 +50,7 @@ class Case:
     float_chain: Chain
     unit: Unit
     inputs: Stream
-    targets: list
+    targets: Targets
     batch: int
 
     @staticmethod
@@ -81,10 +82,9 @@ def build_case(kind, size='demo', rounding='latent', bits=4, device='cpu'):
     chain, float_chain = (Case.chain_of(m) for m in (model, floating))
     unit = units_of(chain, level)[number]
     stream = Stream([State((image[None], )) for image in images])
-    inputs, _ = advance(float_chain, stream, 0, unit.start, device, dtype=torch.float16)
-    outputs, side = advance(
-        float_chain, inputs, unit.start, unit.stop, device, dtype=torch.float16)
-    targets = [s.tensors + more.tensors for s, more in zip(outputs.states, side.states)]
+    cache = FeatureCache(torch.float16)
+    inputs, _ = advance(float_chain, stream, 0, unit.start, device, cache=cache)
+    targets = Targets(*advance(float_chain, inputs, unit.start, unit.stop, device, cache=cache))
     return Case(kind, model, chain, float_chain, unit, inputs, targets, SIZES[size]['batch'])
 
 

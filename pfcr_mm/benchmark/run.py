@@ -1,23 +1,21 @@
-"""The whole benchmark: units, inference, files, and what reports of runs say."""
+"""The whole benchmark: units, inference, files, and whole runs."""
 import copy
 import io
-import json
-from pathlib import Path
 
 import torch
 
-from ..errors import UsageError
 from ..reconstruction import harden
 from .cases import KINDS, build_case
 from .iteration import measure_iteration
 from .timing import Stopwatch
+from .whole_runs import measure_runs
 
 # The step of published code: AdaRound, half of inputs and activations left float at random.
 PUBLISHED = dict(rounding='adaround', keep_prob=0.5, input_mix=0.5)
 
 
 def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu',
-                  reports=()):
+                  images=(), options=()):
     """Measure everything.
 
     Args:
@@ -26,7 +24,9 @@ def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
         pairs (int): measurements of each.
         clock (str): 'wall', or 'cpu' where other jobs share the machine.
         device (str): where to compute.
-        reports (Sequence[str]): `report.json` of runs, for seconds by phase and memory.
+        images (Sequence[int]): numbers of calibration images of whole runs, see
+            `measure_runs`.
+        options (Sequence[str]): of these runs.
 
     Returns:
         dict: plain data; ratios are medians of measurements in turn.
@@ -54,8 +54,9 @@ def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
                            for straight in (False, True))
         found['published_step']['iteration_ratio'][kind] = _ratio(ours)
         found['published_step']['speedup_over_reference'][kind] = _speedup(ours, reference)
-    found['files'] = measure_files(build_case('swin_block', size), clock)
-    found.update(from_reports(reports))
+    if kinds:
+        found['files'] = measure_files(build_case('swin_block', size), clock)
+    found.update(measure_runs(images, options))
     return found
 
 
@@ -95,22 +96,3 @@ def measure_files(case, clock='wall', times=7):
             torch.load(file, weights_only=True)))
     return dict(save_ms=round(1e3 * watch.median('save', 1), 2),
                 load_ms=round(1e3 * watch.median('load', 1), 2), size_mb=round(size / 1e6, 3))
-
-
-def from_reports(paths):
-    """Seconds by phase, and peak memory by number of calibration images, of finished runs.
-
-    Args:
-        paths (Sequence[str]): of `report.json`.
-    """
-    seconds, memory = {}, {}
-    for path in paths:
-        try:
-            report = json.loads(Path(path).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise UsageError(f'report {path} cannot be read: {error}') from None
-        images = str(report['calibration']['images'])
-        seconds[images] = {name: round(phase['seconds'], 2)
-                           for name, phase in report['phases'].items()}
-        memory[images] = round(report['peak_memory_mb'], 1)
-    return dict(seconds=seconds, peak_memory_mb=memory) if paths else {}

@@ -2,37 +2,43 @@
 import torch
 import torch.nn.functional as F
 
-from .. import parallel
+from ..models.chain import State
+from ..reconstruction.cache import FeatureCache, Shelf
+from ..reconstruction.capture import Images
 from ..reconstruction.noise import seed_of
 
 LEAST_AREA = 0.4  # of the image, in a crop
 
 
-def with_views(images, views, learned_on, seed):
+def with_views(images, views, learned_on, seed, cache=None):
     """Images to learn from several times, as cut and mirrored differently; the others once.
 
     Args:
-        images (Shard): inputs (1, 3, H, W) and data samples, a pair an image.
+        images (Images): of calibration.
         views (int): of each image to learn from; the first is the image as it is.
         learned_on (int): so many images are learned from; those after them, which decide
             whether a unit is kept, stay last.
         seed (int): draws the cuts, with the image's number.
+        cache (FeatureCache | None): keeps the views.
 
     Returns:
-        Shard: numbered anew: the images, their second views, and so on, the others.
+        Images: numbered anew: the images, their second views, and so on, the others.
     """
+    shelf = Shelf(cache or FeatureCache())
     entries = {}
-    for number, (inputs, samples) in zip(images.numbers, images):
+    for number, state, samples in zip(images.numbers, images.states, images.samples):
         if number >= learned_on:
-            entries[number + (views - 1) * learned_on] = inputs, samples
+            entries[number + (views - 1) * learned_on] = state, samples
             continue
-        entries[number] = inputs, samples
+        entries[number] = state, samples
         for view in range(1, views):
             place = number + view * learned_on
             generator = torch.Generator().manual_seed(seed_of(seed, 'view', place))
-            entries[place] = cut_and_mirror(inputs, samples, generator), samples
+            inputs = cut_and_mirror(state.tensors[0], samples, generator)
+            entries[place] = shelf.keep(State((inputs, ))), samples
     places = sorted(entries)
-    return parallel.Shard(map(entries.get, places), places)
+    states, samples = zip(*map(entries.get, places)) if places else ((), ())
+    return Images(states, samples, places)
 
 
 def cut_and_mirror(inputs, samples, generator):

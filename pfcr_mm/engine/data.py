@@ -8,10 +8,13 @@ from mmengine.dataset import pseudo_collate
 
 from .. import parallel
 from ..errors import FaultError, UsageError
+from ..models.chain import State
+from ..reconstruction.cache import FeatureCache, Shelf
+from ..reconstruction.capture import Images
 from ..registry import DATASETS
 
 
-def calibration_images(cfg, model, count, seed, dataset=None, note=None):
+def calibration_images(cfg, model, count, seed, dataset=None, note=None, cache=None):
     """Draw and preprocess calibration images; of several processes each loads its share.
 
     Args:
@@ -22,11 +25,12 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None):
         dataset (dict | None): a dataset config of the user's own.
         note (callable | None): told of images that are left out, where the dataset allows
             that (`skips_broken`).
+        cache (FeatureCache | None): keeps the inputs, in float32.
 
     Returns:
-        Shard: inputs (1, 3, H, W) and data samples, a pair an image; numbered in the order
-        they are drawn in, those that are left out not counted.
+        Images: numbered in the order they are drawn in, those that are left out not counted.
     """
+    shelf = Shelf(cache or FeatureCache())
     dataset_cfg = dataset or calibration_dataset_cfg(cfg)
     check_dataset(dataset_cfg, 'calibration')
     try:
@@ -55,7 +59,7 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None):
                 broken[place] = str(error)
                 continue
             data = model.data_preprocessor(pseudo_collate([sample]), False)
-            images[place] = (data['inputs'].cpu(), data['data_samples'])
+            images[place] = shelf.keep(State((data['inputs'], ))), data['data_samples']
         broken = {place: why for part in parallel.gather(broken) for place, why in part.items()}
         for place in sorted(broken):
             note(f'{broken[place]}; it is left out of calibration')
@@ -64,17 +68,18 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None):
     if not good:
         raise UsageError('the calibration set is empty: none of its images can be read')
     number_of = {place: number for number, place in enumerate(good)}
-    return parallel.Shard(images.values(), map(number_of.get, images))
+    states, samples = zip(*images.values()) if images else ((), ())
+    return Images(states, samples, [number_of[place] for place in images])
 
 
 def refuse_shared_images(images, dataset):
     """Raise UsageError where an image that calibrates would also be evaluated on.
 
     Args:
-        images (list): from `calibration_images`.
+        images (Images): from `calibration_images`.
         dataset (Dataset): what is about to be evaluated on.
     """
-    used = {sample.metainfo.get('img_path') for _, samples in images for sample in samples}
+    used = {sample.metainfo.get('img_path') for samples in images.samples for sample in samples}
     for index in range(len(dataset) if hasattr(dataset, 'get_data_info') else 0):
         path = dataset.get_data_info(index).get('img_path')
         if path and path in used:

@@ -6,6 +6,7 @@ import json
 _CIRCUMSTANCES = ('work_dir', 'launcher', 'resume', 'trust_checkpoint', 'log_level',
                   'log_processor', 'visualizer', 'vis_backends', 'quantize_hooks',
                   'default_hooks', 'method', 'method_file')
+_OF_THE_LOOP = ('cache_memory_mb', 'cache_dir')
 
 
 def fingerprint(cfg):
@@ -15,5 +16,8 @@ def fingerprint(cfg):
         cfg (Config): whole, as the runner gets it; the seed is one of its keys.
     """
     content = {k: v for k, v in cfg.to_dict().items() if k not in _CIRCUMSTANCES}
+    if content.get('quantize_cfg'):
+        content['quantize_cfg'] = {k: v for k, v in content['quantize_cfg'].items()
+                                   if k not in _OF_THE_LOOP}
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -16,6 +16,7 @@ from ..models.reparam import fold_alike, make_channelwise
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import ChainReconstructor, Faults, calibrate, harden, observe, roi
 from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
+from ..reconstruction.cache import FeatureCache
 from ..reconstruction.faults import check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
@@ -55,6 +56,9 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         rois (dict): RoIs an image for the box heads (`proposals`) and the mask
             heads (`detections`).
         cache_dtype (str | None): storage type of cached activations, such as 'float16'.
+        cache_memory_mb (float | None): MiB of images and cached activations that are kept in
+            memory; what is beyond lies in files. None is no limit.
+        cache_dir (str | None): of these files; None is the work dir.
         evaluate (dict): whether to measure the `float` and the `calibrated` model, and whether
             to measure what is measured with the `val` dataloader too.
         expected (dict | None): float metrics that the checkpoint is known for.
@@ -68,7 +72,8 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
                                                          'backbone'),
                  head_levels=('leaf', 'chain'), traversal='post_order', parts=('*', ), pos=None,
                  reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
-                 evaluate=None, expected=None, total_iters=None, on_nonfinite='restore'):
+                 cache_memory_mb=None, cache_dir=None, evaluate=None, expected=None,
+                 total_iters=None, on_nonfinite='restore'):
         self._runner = runner
         self.calibration = settings.calibration_of(calibration)
         self.levels = check_levels(levels, 'quantize_cfg.levels')
@@ -79,7 +84,9 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         self.reconstruction, self.head_reconstruction = settings.reconstruction_of(
             reconstruction, head_reconstruction, self.pos)
         self.rois = settings.rois_of(rois)
-        self.cache_dtype = settings.dtype_of(cache_dtype)
+        self.cache = FeatureCache(
+            settings.dtype_of(cache_dtype), settings.cache_memory_of(cache_memory_mb),
+            settings.cache_dir_of(cache_dir) or runner.work_dir)
         self.evaluations = settings.evaluate_of(evaluate)
         self.expected = expected
         self.total_iters = settings.total_iters_of(total_iters)
@@ -158,6 +165,7 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
                     'quantize_cfg.evaluate.val is on, the config has no val_dataloader or no '
                     'val_evaluator')
             check_dataset(self.runner.cfg.val_dataloader.dataset, 'val_dataloader')
+        self.cache.check()
         self.arrange()
         for (number, _), units in self.plan().items():
             for unit in units:
@@ -165,11 +173,11 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
                     check_shareable(parse_loss(loss)[0], loss)
         images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
-            self.calibration['dataset'], self.note)
+            self.calibration['dataset'], self.note, self.cache)
         self.count(parallel.whole(parallel.Shard(
-            (tuple(inputs.shape[-2:]) for inputs, _ in images), images.numbers)))
+            (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
         self.images = with_views(
-            images, self.calibration['views'], self.learned_on, self.seed)
+            images, self.calibration['views'], self.learned_on, self.seed, self.cache)
         self.teacher = copy.deepcopy(self.model)
         self.teacher_chains, _ = part_chains(self.teacher)
 
@@ -221,7 +229,7 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
             return
         self._reconstructor = reconstructor = ChainReconstructor(
             self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
-            self.held_out, self.seed, self.cache_dtype, self._faults())
+            self.held_out, self.seed, self.cache, self._faults())
         if done:
             reconstructor.follow(self._paths)
 
@@ -294,17 +302,17 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         """(quantized, float) streams into a part."""
         models = (self.model, self.teacher)
         if part == 'backbone':
-            stream = roi.image_stream(self.images)
+            stream = self.images.stream()
             return stream, stream
         if part == 'neck':
-            return [roi.backbone_stream(m, self.images, self.cache_dtype) for m in models]
+            return [roi.backbone_stream(m, self.images, self.cache) for m in models]
         if not part.startswith('roi_head.'):  # RPN and dense heads
-            return [roi.feature_stream(m, self.images, self.cache_dtype) for m in models]
+            return [roi.feature_stream(m, self.images, self.cache) for m in models]
         if self._boxes is None:
             self._boxes = roi.float_boxes(
                 self.teacher, self.images, self.rois['proposals'], self.rois['detections'],
                 self.seed)
-        return [roi.roi_stream(m, part, self.images, self._boxes[part], self.cache_dtype)
+        return [roi.roi_stream(m, part, self.images, self._boxes[part], self.cache)
                 for m in models]
 
     def _end_unit(self, record):

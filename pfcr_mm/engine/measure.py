@@ -16,7 +16,7 @@ def measure(runner, model, calibrated_on, split='test'):
     Args:
         runner (QuantRunner): its own model is put back afterwards.
         model (nn.Module): what is measured.
-        calibrated_on (Shard): calibration images, none of which may be tested on.
+        calibrated_on (Images): calibration images, none of which may be tested on.
         split (str): 'test' or 'val': whose dataloader and evaluator.
 
     Returns:

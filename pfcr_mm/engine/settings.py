@@ -75,6 +75,22 @@ def dtype_of(name):
     return dtype
 
 
+def cache_memory_of(given):
+    """`cache_memory_mb` as it is."""
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (int, float))
+                              or not given >= 0):
+        raise UsageError(f'quantize_cfg.cache_memory_mb={given!r} is neither None nor a number '
+                         'of 0 or more')
+    return given
+
+
+def cache_dir_of(given):
+    """`cache_dir` as it is."""
+    if given is not None and not isinstance(given, str):
+        raise UsageError(f'quantize_cfg.cache_dir={given!r} is neither None nor a path')
+    return given
+
+
 def evaluate_of(given):
     """`evaluate` with its defaults."""
     return _known(_EVALUATE, given, 'evaluate')

@@ -21,6 +21,16 @@ class State(NamedTuple):
     tensors: tuple
     meta: Any = None
 
+    @property
+    def shapes(self):
+        """tuple[torch.Size]: of the tensors."""
+        return tuple(t.shape for t in self.tensors)
+
+    @property
+    def rows(self):
+        """Rows of the first tensor."""
+        return self.tensors[0].shape[0]
+
 
 @dataclass
 class Leaf:

@@ -14,6 +14,7 @@ class Rounding(nn.Module):
     """
 
     learns_weight = False  # does the layer's own weight get a gradient?
+    is_open = False  # between `open` and `close`
 
     def forward(self, weight, quantizer):
         return quantizer(weight)
@@ -71,7 +72,6 @@ class AdaRound(Rounding):
         self.warmup = warmup
         self.beta = beta
         self.reopen = reopen
-        self.is_open = False
         self.v = None
 
     def rectified(self):

@@ -14,11 +14,11 @@ class Boundaries:
         chain (Chain): what the streams run through.
         stream (Stream): at position 0.
         device (torch.device): where to compute.
-        dtype (torch.dtype | None): storage type.
+        cache (FeatureCache | None): keeps the streams.
     """
 
-    def __init__(self, chain, stream, device, dtype=None):
-        self.chain, self.device, self.dtype = chain, device, dtype
+    def __init__(self, chain, stream, device, cache=None):
+        self.chain, self.device, self.cache = chain, device, cache
         self.streams, self.paths = {0: stream}, {0: ()}
 
     def at(self, position):
@@ -66,7 +66,8 @@ class Boundaries:
             stream, path = self._advance(stream, start, steps[-1]), (*path, steps[-1])
 
     def _advance(self, stream, start, stop):
-        return advance(self.chain, stream, start, stop, self.device, dtype=self.dtype)[0]
+        return advance(
+            self.chain, stream, start, stop, self.device, cache=self.cache, sides=False)[0]
 
     def _keep(self, wanted):
         for boundary in [b for b in self.streams if not wanted(b)]:

@@ -56,7 +56,7 @@ def build_loss(cfg, targets, channel_axis, context=None):
 
     Args:
         cfg (str | dict): of the config.
-        targets (list[tuple[Tensor]]): the unit's targets, one tuple an entry.
+        targets (Sequence[tuple[Tensor]]): the unit's targets, one tuple an entry.
         channel_axis (int): axis of the channels.
         context (LossContext | None): the unit, for losses that ask for it.
     """

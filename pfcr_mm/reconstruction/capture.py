@@ -1,15 +1,16 @@
 """Streams: what flows through a chain, image by image, at the boundaries of units."""
 import logging
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from mmengine.logging import print_log
 
 from .. import parallel
-from ..errors import UsageError
 from ..models.chain import State
 from ..modules import weights_once
+from .cache import FeatureCache
 from .faults import BatchLimit
 
 
@@ -19,18 +20,13 @@ class Stream:
     Of several processes each holds the states of its own images.
 
     Args:
-        states (list[State]): one an image.
-        dtype (torch.dtype | None): storage type of floating tensors; None keeps it.
+        states (list[State | Kept]): one an image.
         numbers (list[int] | None): of the images, over all processes; None counts from 0.
     """
 
-    def __init__(self, states, dtype=None, numbers=None):
-        self.states = [_stored(state, dtype) for state in states]
+    def __init__(self, states, numbers=None):
+        self.states = list(states)
         self.numbers = list(range(len(self.states)) if numbers is None else numbers)
-        if dtype == torch.float16 and any(
-                torch.isinf(t).any() for s in self.states for t in s.tensors):
-            raise UsageError(
-                "quantize_cfg.cache_dtype='float16' overflows here; use 'bfloat16' or None")
 
     def __len__(self):
         return len(self.states)
@@ -59,7 +55,7 @@ class Stream:
             Roll: alike in all processes.
         """
         held = parallel.whole(parallel.Shard(
-            [(number, _kind(state), state.tensors[0].shape[0])
+            [(number, _kind(state), state.rows)
              for number, state in zip(self.numbers, self.states)], self.numbers))
         return Roll(_grouped((number, kind) for number, kind, _ in held),
                     {number: rows for number, _, rows in held})
@@ -82,33 +78,87 @@ class Roll:
         return sum(self.rows[number] for number in numbers)
 
 
+class Images(Sequence):
+    """The calibration images that a process holds: (inputs (1, 3, H, W), data samples) pairs.
+
+    Args:
+        states (list[Kept]): the inputs.
+        samples (list): data samples of each.
+        numbers (list[int]): of the images, over all processes.
+    """
+
+    def __init__(self, states, samples, numbers):
+        self.states, self.samples, self.numbers = states, samples, numbers
+
+    def __len__(self):
+        return len(self.states)
+
+    def __getitem__(self, index):
+        return self.states[index].tensors[0], self.samples[index]
+
+    def stream(self):
+        """Stream into the backbone, of the same states."""
+        return Stream(self.states, self.numbers)
+
+
+class Targets(Sequence):
+    """What a unit should put out, as tuples of tensors, an entry an image.
+
+    Args:
+        *streams (Stream): whose tensors follow each other: outputs and side outputs.
+    """
+
+    def __init__(self, *streams):
+        self.streams = streams
+
+    def __len__(self):
+        return len(self.streams[0])
+
+    def __getitem__(self, index):
+        return sum((stream.states[index].tensors for stream in self.streams), ())
+
+
 @torch.no_grad()
-def advance(chain, stream, start, stop, device, batch_size=8, dtype=None):
+def advance(chain, stream, start, stop, device, batch_size=8, cache=None, sides=True):
     """Run leaves [start, stop) over a stream.
 
+    Args:
+        chain (Chain): of the quantized or of the float model.
+        stream (Stream): the states before `start`.
+        start, stop (int): leaves.
+        device (torch.device): where to compute.
+        batch_size (int): images at a time.
+        cache (FeatureCache | None): keeps what comes out; None keeps it in memory as it is.
+        sides (bool): whether side outputs are wanted.
+
     Returns:
-        tuple[Stream, Stream]: the states after `stop`, and the side outputs on the way.
+        tuple[Stream, Stream | None]: the states after `stop`, and the side outputs on the way.
     """
+    cache = cache or FeatureCache()
     limit = BatchLimit(batch_size, f'{chain.name} between its units', _log)
     with weights_once([m for leaf in chain.leaves[start:stop] for m in leaf.modules]):
-        return limit.run(lambda size: _advance(chain, stream, start, stop, device, size, dtype))
+        return limit.run(
+            lambda size: _advance(chain, stream, start, stop, device, size, cache, sides))
 
 
 def _log(line):
     print_log(line, 'current', logging.WARNING)
 
 
-def _advance(chain, stream, start, stop, device, batch_size, dtype):
+def _advance(chain, stream, start, stop, device, batch_size, cache, wants_sides):
     states, sides = [None] * len(stream), [None] * len(stream)
+    shelf, side_shelf = cache.shelf(), cache.shelf()
     for bucket in stream.buckets():
         for chunk in _chunks(bucket, batch_size):
             state, side = chain.run(stream.batch(chunk, device), start, stop)
-            sizes = [stream.states[i].tensors[0].shape[0] for i in chunk]
+            sizes = [stream.states[i].rows for i in chunk]
             for k, i in enumerate(chunk):
-                # stored at once: nothing piles up on the device or in float32
-                states[i] = _stored(State(_part(state.tensors, sizes, k), state.meta), dtype)
-                sides[i] = _stored(State(_part(side, sizes, k)), dtype)
-    return tuple(Stream(found, dtype, stream.numbers) for found in (states, sides))
+                # kept at once: nothing piles up on the device or in float32
+                states[i] = shelf.keep(State(_part(state.tensors, sizes, k), state.meta))
+                if wants_sides:
+                    sides[i] = side_shelf.keep(State(_part(side, sizes, k)))
+    return (Stream(states, stream.numbers),
+            Stream(sides, stream.numbers) if wants_sides else None)
 
 
 def split(entries, held_out):
@@ -119,13 +169,9 @@ def split(entries, held_out):
     return indices[:cut], indices[cut:] or indices
 
 
-def _stored(state, dtype):
-    return State(tuple(t.detach().to('cpu', dtype or t.dtype) for t in state.tensors), state.meta)
-
-
 def _kind(state):
     """What states must share to be batched."""
-    return tuple(t.shape[1:] for t in state.tensors), state.meta
+    return tuple(shape[1:] for shape in state.shapes), state.meta
 
 
 def _grouped(pairs):

@@ -40,7 +40,7 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
             loss_of(state.tensors + side, tuple(
                 torch.cat(parts).to(device, torch.float32)
                 for parts in zip(*(targets[i] for i in pick))))
-            rows = sum(inputs.states[i].tensors[0].shape[0] for i in pick)
+            rows = sum(inputs.states[i].rows for i in pick)
             share = rows / roll.rows_of(chosen)
             for found, loss in zip(sums, mixed):
                 found[:] = [known + share * float(value or 0.0)

@@ -11,7 +11,7 @@ from ..models.chain import State
 from ..registry import RECONSTRUCTION_LOSSES
 from .build_loss import build_loss, check_loss, loss_wants
 from .losses import ChannelMSELoss
-from .views import FINAL, LAYERS, UNIT
+from .views import FINAL, LAYERS, UNIT, PartOf
 
 _TEMPERATURE = 20.0  # of the logits where curvature is looked at (APHQ-ViT)
 
@@ -120,7 +120,7 @@ class FinalLoss(_Guided):
         self.temperature = temperature
         self.other = None
         if context.view.gives != 'logits':
-            self.other = ChannelMSELoss([t[self.part] for t in targets], channel_axis)
+            self.other = ChannelMSELoss(PartOf(targets, self.part), channel_axis)
 
     def __call__(self, outputs, targets):
         outputs, targets = outputs[self.part], targets[self.part]
@@ -148,10 +148,10 @@ class LayersLoss(_Guided):
         parts = context.view.parts([UNIT, LAYERS])
         self.part = parts[UNIT if context.view.unit.layer else LAYERS]
         self.axis, self.temperature = channel_axis, temperature
-        layers = zip(*(t[self.part] for t in targets))
+        spreads = zip(*([x.float().std() for x in t[self.part]] for t in targets))
         images = parallel.total(len(targets))
         self.spread = [(total / images).clamp(min=1e-6) for total in _summed(
-            torch.stack([x.float().std() for x in layer]).sum() for layer in layers)]
+            torch.stack(layer).sum() for layer in spreads)]
 
     def __call__(self, outputs, targets):
         losses = []
@@ -192,7 +192,7 @@ class APHLoss(_Guided):
         view = context.view
         self.other = self.weights = None
         states = context.outputs.states  # another process may have them all
-        count = max(parallel.gather(len(states[0].tensors) if states else 0))
+        count = max(parallel.gather(len(states[0].shapes) if states else 0))
         if view.unit.layer or view.unit.stop == len(view.leaves) or count == 0:
             self.other = build_loss(other, targets, channel_axis, context)
             return
@@ -200,7 +200,7 @@ class APHLoss(_Guided):
         self.weights = self._curvature(context, step)
         self.sides = None
         if max(parallel.gather(len(targets[0]) if targets else 0)) > count:
-            self.sides = ChannelMSELoss([t[count:] for t in targets], channel_axis)
+            self.sides = ChannelMSELoss(PartOf(targets, slice(count, None)), channel_axis)
 
     def __call__(self, outputs, targets):
         if self.other is not None:
@@ -335,8 +335,8 @@ class MixedLoss:
             plain = _plain(term)
             guided = loss_wants(plain) != {UNIT}
             part = slice(None) if guided else own
-            kept = targets if guided else [t[part] for t in targets]
-            terms.append((build_loss(plain, kept, channel_axis, context),
+            seen = targets if guided else PartOf(targets, own)
+            terms.append((build_loss(plain, seen, channel_axis, context),
                           term.get('weight', 1.0), part))
         made = cls(terms)
         context.mixed.append(made)

@@ -12,7 +12,7 @@ class MSELoss:
     Built once a unit from its targets, those of all processes; called with a batch.
 
     Args:
-        targets (list[tuple[Tensor]]): the unit's targets, one tuple an entry.
+        targets (Sequence[tuple[Tensor]]): the unit's targets, one tuple an entry.
         channel_axis (int): axis of the channels.
     """
 
@@ -23,11 +23,15 @@ class MSELoss:
     def __init__(self, targets, channel_axis):
         self.channel_axis = channel_axis
         outputs = max(parallel.gather(len(targets[0]) if targets else 0))
-        self.weights = [self._weight([t[k] for t in targets]) for k in range(outputs)]
+        # one look at each: targets in files are read as they are asked for
+        self.weights = [self._weight(t[k] for t in targets) for k in range(outputs)]
 
     def _weight(self, tensors):
-        energy = parallel.total(sum(t.float().square().sum() for t in tensors))
-        count = parallel.total(sum(t.numel() for t in tensors))
+        count = energy = 0
+        for t in tensors:
+            count += t.numel()
+            energy = energy + t.float().square().sum()
+        count, energy = (parallel.total(own) for own in (count, energy))
         return 1.0 / (energy / max(1, count)).clamp(min=1e-12)
 
     def __call__(self, outputs, targets):

@@ -12,6 +12,7 @@ from ..errors import UsageError, check_keys
 from ..modules import QuantLayer, quantizers_of, weights_once
 from .build_loss import build_loss, check_loss, check_shareable
 from .capture import split
+from .early_stop import EarlyStop, Plateau
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
 from .noise import ImageNoise
 
@@ -34,6 +35,8 @@ class UnitConfig:
         keep_prob (float): share of activations quantized inside the unit (QDrop).
         loss (str | dict): a name of the RECONSTRUCTION_LOSSES table, or dict(type=name, ...).
         clip_grad (float): bound on the gradient norm of the weights; 0 is none.
+        early_stop (dict | None): `EarlyStop` fields: fewer steps where the held-out loss no
+            longer falls. Rates decay as for all `iters`. None is never.
     """
 
     iters: int = 200
@@ -48,6 +51,7 @@ class UnitConfig:
     keep_prob: float = 1.0
     loss: object = 'channel_mse'
     clip_grad: float = 0.0
+    early_stop: object = None
 
     def __post_init__(self):
         for name, least in (('iters', 1), ('batch_size', 1)):
@@ -63,6 +67,7 @@ class UnitConfig:
             raise UsageError(f'input_mix={self.input_mix!r} is not from 0 to 1')
         if not 0 < self.keep_prob <= 1:
             raise UsageError(f'keep_prob={self.keep_prob!r} is not above 0 and at most 1')
+        EarlyStop.build(self.early_stop)
 
     @classmethod
     def build(cls, base, level, key='reconstruction', more=None):
@@ -112,7 +117,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         unit (Unit): leaves [start, stop) of the chain.
         quantized_inputs (Stream): the unit's input from the quantized prefix.
         float_inputs (Stream): the same from the float model.
-        targets (list[tuple[Tensor]]): the float model's outputs, one entry an image held.
+        targets (Sequence[tuple[Tensor]]): the float model's outputs, one entry an image held.
         config (UnitConfig): rates and iterations.
         learn_weights (str): 'rounding' as the layers' rounding says, or 'float' for
             plain float weights (first stage of POS), or 'fixed' for activation scales alone.
@@ -126,7 +131,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
 
     Returns:
         dict: loss_before, loss_after (what learning reached, also where it was undone),
-        accepted, seconds.
+        accepted, iters (steps taken), seconds.
 
     Raises:
         FaultError: no memory even for one image; or NaN or Inf, and `faults` says stop.
@@ -147,6 +152,10 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 chain, unit, quantized_inputs, targets, held(accept_on), loss_of, size, device))
         return parallel.total(own) / max(1, roll.rows_of(accept_on))
 
+    def look():
+        with learned.paused():
+            return evaluate()
+
     def check(loss, what, mine):
         if not math.isfinite(loss):
             found = parallel.gather(find_nonfinite(
@@ -161,6 +170,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     buckets = [[i for i in bucket if i in set(learn_on)] for bucket in roll.buckets]
     buckets = [b for b in buckets if b]
     weights = torch.tensor([float(len(b)) for b in buckets])
+    plateau, steps = Plateau(EarlyStop.build(config.early_stop)), 0
     every = 1 if device.type == 'cpu' else 10  # looking at a loss makes a GPU wait
     try:
         check(before, 'loss before learning', held(accept_on)[:1])
@@ -183,8 +193,11 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 if step % every == 0:
                     check(loss.item(), f'loss of step {step}', mine)
                 learned.update()
+                steps = step + 1
                 if on_step is not None:
                     on_step(step, loss)
+                if plateau.reached(steps, look):
+                    break
         parallel.copy_from_main([p for m in modules for p in m.parameters()])  # to the bit
         after = evaluate()
         with _undone_on_error(modules, saved):
@@ -196,7 +209,8 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         accepted, after = False, found.loss
         faults.nonfinite(found)
     return dict(
-        loss_before=before, loss_after=after, accepted=accepted, seconds=time.time() - began)
+        loss_before=before, loss_after=after, accepted=accepted, iters=steps,
+        seconds=time.time() - began)
 
 
 @dataclass
@@ -226,7 +240,7 @@ class Batch:
         """From streams and targets; `rows` has the whole batch."""
         state = quantized.batch(indices, device)
         numbers = [quantized.numbers[i] for i in indices]
-        sizes = [quantized.states[i].tensors[0].shape[0] for i in indices]
+        sizes = [quantized.states[i].rows for i in indices]
         if input_mix < 1.0:
             noise.begin('input', step, numbers, sizes)
             state = _mix(state, floating.batch(indices, device), input_mix, noise)
@@ -343,6 +357,19 @@ class LearnedParameters:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
         self.optimizer.step()
 
+    @contextmanager
+    def paused(self):
+        """The unit as it is if learning ends here."""
+        for quantizer in self.activations:
+            quantizer.keep_prob = 1.0
+        for layer in self.open:
+            layer.rounding.is_open = False
+        yield
+        for quantizer in self.activations:
+            quantizer.keep_prob = self.config.keep_prob
+        for layer in self.open:
+            layer.rounding.is_open = True
+
     def __exit__(self, *_):
         for parameter in self.parameters:
             parameter.requires_grad_(False)
@@ -386,7 +413,7 @@ def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, d
             pick = bucket[k:k + batch_size]
             state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
             loss = loss_of(state.tensors + side, _collate(targets, pick, device))
-            total += float(loss) * sum(inputs.states[i].tensors[0].shape[0] for i in pick)
+            total += float(loss) * sum(inputs.states[i].rows for i in pick)
     return total
 
 

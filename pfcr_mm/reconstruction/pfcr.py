@@ -10,7 +10,7 @@ import torch
 from ..modules import QuantLayer
 from .boundaries import Boundaries
 from .build_loss import build_loss, loss_wants
-from .capture import advance
+from .capture import Targets, advance
 from .first_values import take_first_values
 from .guided_losses import LossContext
 from .optimize import UnitRecord, reconstruct
@@ -29,17 +29,17 @@ class ChainReconstructor:
         device (torch.device): where to compute.
         held_out (int): images for accepting a unit.
         seed (int): draws batches, with the unit's place in the schedule.
-        cache_dtype (torch.dtype | None): storage type of streams.
+        cache (FeatureCache | None): keeps the streams; None keeps them in memory as they are.
         faults (Faults | None): what to do where memory runs out or a loss is no number.
     """
 
     def __init__(self, chain, teacher_chain, quantized, floating, device, held_out, seed,
-                 cache_dtype=None, faults=None):
+                 cache=None, faults=None):
         self.chain, self.teacher_chain = chain, teacher_chain
         self.device, self.held_out, self.seed = device, held_out, seed
-        self.cache_dtype, self.faults = cache_dtype, faults
-        self.quantized = Boundaries(chain, quantized, device, cache_dtype)
-        self.floating = Boundaries(teacher_chain, floating, device, cache_dtype)
+        self.cache, self.faults = cache, faults
+        self.quantized = Boundaries(chain, quantized, device, cache)
+        self.floating = Boundaries(teacher_chain, floating, device, cache)
 
     def paths(self):
         """How the streams that are kept came to be: what `follow` needs."""
@@ -87,12 +87,8 @@ class ChainReconstructor:
         chain, float_chain = (view_of(c, unit, wants, self.teacher_chain)
                               for c in (self.chain, self.teacher_chain))
         float_outputs, float_side = advance(
-            float_chain, float_inputs, unit.start, unit.stop, self.device,
-            dtype=self.cache_dtype)
-        targets = [
-            s.tensors + side.tensors
-            for s, side in zip(float_outputs.states, float_side.states)
-        ]
+            float_chain, float_inputs, unit.start, unit.stop, self.device, cache=self.cache)
+        targets = Targets(float_outputs, float_side)
         seed = self.seed * 100003 + number
         context = self._context(
             float_chain, unit, len(targets[0]) if targets else 0, float_outputs,
@@ -112,10 +108,10 @@ class ChainReconstructor:
         if unit.stop < len(self.chain.leaves) and not unit.layer:
             self.floating.put(unit.stop, unit.start, float_outputs)
             outputs, _ = advance(
-                self.chain, inputs, unit.start, unit.stop, self.device, dtype=self.cache_dtype)
+                self.chain, inputs, unit.start, unit.stop, self.device, cache=self.cache,
+                sides=False)
             self.quantized.put(unit.stop, unit.start, outputs)
-        return UnitRecord(
-            unit.name, unit.chain, unit.level, stage.number, iters=config.iters, **result)
+        return UnitRecord(unit.name, unit.chain, unit.level, stage.number, **result)
 
     def _context(self, float_chain, unit, outputs, states, batch_size):
         view = float_chain

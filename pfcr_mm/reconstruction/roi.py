@@ -11,27 +11,29 @@ from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
 from .. import parallel
 from ..models.chain import State
+from ..modules import weights_once
+from .cache import FeatureCache
 from .capture import Stream
 from .noise import seed_of
 
 
-def image_stream(images):
-    """Stream into the backbone: (1, 3, H, W) each."""
-    return Stream([State((inputs, )) for inputs, _ in images], None, parallel.numbers_of(images))
-
-
 @torch.no_grad()
-def backbone_stream(model, images, dtype=None):
+def backbone_stream(model, images, cache=None):
     """Stream into the neck: the backbone's maps."""
-    return Stream([State(tuple(model.backbone(_on(model, x)))) for x, _ in images], dtype,
-                  parallel.numbers_of(images))
+    return _map_stream(model, images, model.backbone, cache)
 
 
 @torch.no_grad()
-def feature_stream(model, images, dtype=None):
+def feature_stream(model, images, cache=None):
     """Stream into the RPN head: all maps of the neck."""
-    return Stream([State(tuple(model.extract_feat(_on(model, x)))) for x, _ in images], dtype,
-                  parallel.numbers_of(images))
+    return _map_stream(model, images, model.extract_feat, cache)
+
+
+def _map_stream(model, images, maps_of, cache):
+    shelf = (cache or FeatureCache()).shelf()
+    with weights_once([model]):
+        states = [shelf.keep(State(tuple(maps_of(_on(model, inputs))))) for inputs, _ in images]
+    return Stream(states, parallel.numbers_of(images))
 
 
 def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
@@ -53,7 +55,7 @@ def own_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
 
     Args:
         teacher (nn.Module): the float detector.
-        images (list | Shard): (inputs, data samples) pairs.
+        images (list | Images): (inputs, data samples) pairs.
         proposals_per_image (int): proposals kept: the best half, and a random half.
         detections_per_image (int): detections kept, best first.
         seed (int): draws proposals, with the image's number.
@@ -109,27 +111,29 @@ def refined(roi_head, maps, boxes, meta):
 
 
 @torch.no_grad()
-def roi_stream(model, part, images, boxes, dtype=None):
+def roi_stream(model, part, images, boxes, cache=None):
     """Stream into a RoI head: features (n, C, h, w) of the images that have boxes.
 
     Args:
         model (nn.Module): the detector.
         part (str): name of the head, such as 'roi_head.bbox_head.1'.
-        images (list | Shard): (inputs, data samples) pairs.
+        images (list | Images): (inputs, data samples) pairs.
         boxes (list[Tensor]): (n, 4) an image, by its number.
-        dtype (torch.dtype | None): storage type.
+        cache (FeatureCache | None): keeps the features.
     """
+    shelf = (cache or FeatureCache()).shelf()
     extractor = extractor_of(model, part)
     states, numbers = [], []
-    for number, (inputs, _) in zip(parallel.numbers_of(images), images):
-        image_boxes = boxes[number]
-        if len(image_boxes) == 0:
-            continue
-        numbers.append(number)
-        maps = model.extract_feat(_on(model, inputs))
-        rois = bbox2roi([image_boxes.to(maps[0].device)])
-        states.append(State((extractor(maps[:extractor.num_inputs], rois), )))
-    return Stream(states, dtype, numbers)
+    with weights_once([model]):
+        for number, (inputs, _) in zip(parallel.numbers_of(images), images):
+            image_boxes = boxes[number]
+            if len(image_boxes) == 0:
+                continue
+            numbers.append(number)
+            maps = model.extract_feat(_on(model, inputs))
+            rois = bbox2roi([image_boxes.to(maps[0].device)])
+            states.append(shelf.keep(State((extractor(maps[:extractor.num_inputs], rois), ))))
+    return Stream(states, numbers)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ chain makes of the unit's output. A view runs the unit and puts these behind its
 outputs, for the quantized and for the float chain alike; targets then are what the float
 view gives, and nothing else need know.
 """
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -99,6 +100,24 @@ class UnitView:
                 found[kind] = slice(start, stop)
             start = stop
         return found
+
+
+class PartOf(Sequence):
+    """Some of the tensors of each entry of targets, which are read as they are asked for.
+
+    Args:
+        targets (Sequence[tuple[Tensor]]): an entry an image.
+        part (slice): of each entry.
+    """
+
+    def __init__(self, targets, part):
+        self.targets, self.part = targets, part
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.targets[index][self.part]
 
 
 def view_of(chain, unit, wants, rest):

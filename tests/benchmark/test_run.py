@@ -1,38 +1,50 @@
 """What the benchmark writes."""
 import json
 
+import demo_runs
 import pytest
 from demo_runs import load_tool
 
+from pfcr_mm.benchmark import whole_runs
 from pfcr_mm.benchmark.timing import Stopwatch
+from pfcr_mm.errors import UsageError
 
 
 def test_a_short_run(tmp_path):
-    report = tmp_path / 'report.json'
-    report.write_text(json.dumps(dict(
-        calibration=dict(images=64), peak_memory_mb=700.04,
-        phases=dict(calibrate=dict(seconds=3.004, peak_memory_mb=1)))))
     out = tmp_path / 'out.json'
-    arguments = ['--out', out, '--kinds', 'vit_block', '--pairs', 4, '--reports', report]
+    arguments = ['--out', out, '--kinds', 'vit_block', '--pairs', 4, '--images']
     assert load_tool('benchmark').main([str(a) for a in arguments]) == 0
     found = json.loads(out.read_text())
     for key in ('iteration_ratio', 'speedup_over_reference', 'inference_ratio'):
         assert list(found[key]) == ['vit_block'] and found[key]['vit_block'] > 0
-    assert found['peak_memory_mb'] == {'64': 700.0}
-    assert found['seconds'] == {'64': {'calibrate': 3.0}}
     assert found['files']['size_mb'] > 1
+    assert 'peak_memory_mb' not in found
 
 
-def test_a_missing_report_is_one_line(tmp_path, capsys, monkeypatch):
+def test_whole_runs(tmp_path):
+    """Each in a process of its own, all images on disk in one of them."""
+    float_weights = demo_runs.save_tiny(tmp_path / 'float.pth')
+    options = [*demo_runs.TINY, *demo_runs.QUICK, f'load_from={float_weights}',
+               'quantize_cfg.parts=[neck]', 'quantize_cfg.total_iters=20']
+    found = whole_runs.measure_runs([6], options)
+    for kept in ('memory', 'disk'):
+        assert found['peak_memory_mb'][kept]['6'] > 200  # torch alone takes that
+        seconds = found['seconds'][kept]['6']
+        assert {'calibrate', 'stage 1', 'evaluate quantized', 'total', 'cpu'} == set(seconds)
+        assert all(value > 0 for value in seconds.values())
+        phases = sum(seconds.values()) - seconds['total'] - seconds['cpu']
+        assert phases <= seconds['total']
+
+
+def test_a_run_that_fails_is_one_line(tmp_path):
+    with pytest.raises(UsageError, match="6-memory has failed: .*levels has 'window'"):
+        whole_runs.measure_runs([6], ['quantize_cfg.levels=[window]'])
+
+
+def test_a_wrong_number_is_one_line(tmp_path, capsys):
     tool = load_tool('benchmark')
-    monkeypatch.setattr(tool, 'run_benchmark', lambda *a: tool_reports(a[-1]))
-    assert tool.main(['--out', str(tmp_path / 'o.json'), '--reports', 'none.json']) == 2
-    assert 'none.json cannot be read' in capsys.readouterr().err
-
-
-def tool_reports(paths):
-    from pfcr_mm.benchmark.run import from_reports
-    return from_reports(paths)
+    assert tool.main(['--out', str(tmp_path / 'o.json'), '--kinds', '--images', '0']) == 2
+    assert '--images 0' in capsys.readouterr().err
 
 
 def test_ratios_are_of_pairs():

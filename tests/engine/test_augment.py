@@ -3,8 +3,10 @@ import pytest
 import torch
 from mmengine.structures import BaseDataElement
 
-from pfcr_mm import parallel
 from pfcr_mm.engine.augment import LEAST_AREA, cut_and_mirror, with_views
+from pfcr_mm.models import State
+from pfcr_mm.reconstruction.cache import FeatureCache
+from pfcr_mm.reconstruction.capture import Images
 
 
 def image(value=None, height=24, width=30, **metainfo):
@@ -16,9 +18,15 @@ def image(value=None, height=24, width=30, **metainfo):
     return inputs, [BaseDataElement(metainfo=metainfo)]
 
 
+def kept(pairs, numbers):
+    shelf = FeatureCache().shelf()
+    return Images([shelf.keep(State((inputs, ))) for inputs, _ in pairs],
+                  [samples for _, samples in pairs], numbers)
+
+
 def shard(count, numbers=None):
     numbers = list(range(count)) if numbers is None else numbers
-    return parallel.Shard([image(n + 1) for n in numbers], numbers)
+    return kept([image(n + 1) for n in numbers], numbers)
 
 
 def values(images):
@@ -36,19 +44,19 @@ def test_one_view_is_the_images_themselves():
     images = shard(4)
     found = with_views(images, 1, 3, seed=0)
     assert found.numbers == images.numbers
-    assert all(a is b for (a, _), (b, _) in zip(found, images))
+    assert list(found.states) == images.states
 
 
 def test_several_processes_hold_what_one_holds():
     whole = with_views(shard(5), 2, 4, seed=3)
     parts = [with_views(shard(5, numbers), 2, 4, seed=3) for numbers in ([0, 2, 4], [1, 3])]
-    joined = sorted((n, inputs) for part in parts for n, (inputs, _) in zip(part.numbers, part))
-    assert [n for n, _ in joined] == whole.numbers
-    assert all(torch.equal(a, b) for (_, a), (b, _) in zip(joined, whole))
+    joined = {n: inputs for part in parts for n, (inputs, _) in zip(part.numbers, part)}
+    assert sorted(joined) == whole.numbers
+    assert all(torch.equal(joined[n], inputs) for n, (inputs, _) in zip(whole.numbers, whole))
 
 
 def test_views_differ_and_a_seed_repeats_them():
-    images = parallel.Shard([image()], [0])
+    images = kept([image()], [0])
     first, again, other = (with_views(images, 4, 1, seed) for seed in (0, 0, 1))
     assert torch.equal(first[0][0], images[0][0])  # the first view is the image as it is
     for i in range(1, 4):

@@ -169,6 +169,25 @@ def test_killed_with_other_options(quick, die, tmp_path):
     assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
+def test_killed_with_the_cache_in_files(quick, whole, die, tmp_path):
+    """Other files and another limit after each kill change no bit, and leave nothing."""
+    ways = [('unit_step', 2), ('before_unit', 4), ('after_unit', 4)]
+    for memory_mb in (0, 0.2, 0, None):
+        die(ways[:1])
+        extra = [f'quantize_cfg.cache_memory_mb={memory_mb}',
+                 f"quantize_cfg.cache_dir={tmp_path / 'cache'}"]
+        MMLogger._instance_dict.clear()
+        args = quick(tmp_path / 'run', '--resume', extra=extra)
+        if ways:
+            with pytest.raises(Killed):
+                quant_main(args)
+        else:
+            assert quant_main(args) == 0
+        del ways[:1]
+    assert kill_test.differences(whole, tmp_path / 'run') == []
+    assert list((tmp_path / 'cache').iterdir()) == []
+
+
 def test_sigkill_at_random_moments(quick, tmp_path):
     """The system kills the process; `tools/dev/kill_test.py` does it to whole runs."""
     assert os.waitpid(forked(quick(tmp_path / 'whole', extra=BRIEF)), 0)[1] == 0
@@ -475,6 +494,27 @@ def test_disk_full(quick, die, tmp_path, capsys, monkeypatch):
     checkpoints = RunCheckpoints(tmp_path / 'run')
     assert len(checkpoints.newest(pytest.fail)['records']) == 2
     assert not list((tmp_path / 'run').rglob('.*'))
+
+
+def test_disk_full_while_caching(quick, die, tmp_path, capsys, monkeypatch):
+    """The run ends in one line; with room elsewhere it goes on."""
+    import errno
+
+    from pfcr_mm.reconstruction import cache
+
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    extra = [*BACKBONE, 'quantize_cfg.cache_memory_mb=0']
+    die([('before_unit', 2)], lambda: monkeypatch.setattr(cache.os, 'write', full))
+    assert quant_main(quick(tmp_path / 'run', extra=extra)) == 1
+    line, = capsys.readouterr().err.strip().splitlines()
+    assert 'No space left' in line and '--resume' in line and 'cache_dir' in line
+    monkeypatch.undo()
+    assert len(RunCheckpoints(tmp_path / 'run').newest(pytest.fail)['records']) == 1
+    assert not list((tmp_path / 'run').rglob('.*'))
+    MMLogger._instance_dict.clear()
+    assert quant_main(quick(tmp_path / 'run', '--resume', extra=BACKBONE)) == 0
 
 
 def test_disk_full_keeps_the_old_file(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from pfcr_mm.models.chain import Chain, State
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import ChainReconstructor, Faults, Stage, UnitConfig, build_schedule
 from pfcr_mm.reconstruction.build_loss import check_shareable, losses_in, parse_loss
+from pfcr_mm.reconstruction.cache import FeatureCache
 from pfcr_mm.reconstruction.capture import Stream
 from pfcr_mm.reconstruction.losses import MSELoss
 from pfcr_mm.reconstruction.noise import ImageNoise
@@ -55,9 +56,11 @@ def run(model, teacher, inputs, numbers, tell=print, quantized_inputs=None, conf
     quantized, floating = (
         Stream([State((found[i], )) for i in numbers], numbers=numbers)
         for found in (quantized_inputs or inputs, inputs))
+    # of several processes each has files of its own
+    cache = FeatureCache(memory_mb=0) if parallel.world_size() > 1 else None
     piece = ChainReconstructor(
-        chain_of(model), chain_of(teacher), quantized, floating, torch.device('cpu'), 4, 0,
-        faults=Faults(tell))
+        chain_of(model), chain_of(teacher), quantized, floating, torch.device('cpu'), 4, 0, cache,
+        Faults(tell))
     return piece.run(build_schedule(piece.chain, ['leaf', 'block']), lambda unit: config,
                      Stage(2, True, True, ('leaf', 'block')))
 

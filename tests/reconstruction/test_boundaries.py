@@ -8,6 +8,7 @@ from toy_chains import chain_of, learned_state, stream, toy
 
 from pfcr_mm.models.state import load_model_state, model_state
 from pfcr_mm.reconstruction import ChainReconstructor, Stage, UnitConfig, build_schedule
+from pfcr_mm.reconstruction.cache import FeatureCache
 
 DEVICE = torch.device('cpu')
 LEVELS = ['leaf', 'block', 'pair', 'stage', 'backbone']
@@ -20,9 +21,9 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def reconstructor(model, teacher, inputs, dtype):
+def reconstructor(model, teacher, inputs, dtype, memory_mb=None):
     return ChainReconstructor(chain_of(model), chain_of(teacher), stream(inputs), stream(inputs),
-                              DEVICE, 4, 0, dtype)
+                              DEVICE, 4, 0, FeatureCache(dtype, memory_mb))
 
 
 def saved(content):
@@ -46,7 +47,8 @@ def test_killed_after_each_unit(rounding, traversal, dtype):
 
     model, state, losses = untouched, None, []
     for first in range(len(schedule)):
-        piece = reconstructor(model, teacher, inputs, dtype)
+        # the first few states in memory, the rest in files
+        piece = reconstructor(model, teacher, inputs, dtype, memory_mb=0.01)
         if state is not None:
             load_model_state(model, state['model'])
             piece.follow(state['paths'])

@@ -3,6 +3,7 @@ import torch
 from toy_chains import chain_of, stream, toy
 
 from pfcr_mm.models import State
+from pfcr_mm.reconstruction.cache import FeatureCache
 from pfcr_mm.reconstruction.capture import Stream, advance, split
 
 
@@ -13,7 +14,8 @@ def test_buckets_hold_equal_shapes_and_meta():
 
 
 def test_batch_is_float32_on_any_storage():
-    half = Stream([State((torch.full((1, 2), i + 0.5), ), 7) for i in range(3)], torch.float16)
+    shelf = FeatureCache(torch.float16).shelf()
+    half = Stream([shelf.keep(State((torch.full((1, 2), i + 0.5), ), 7)) for i in range(3)])
     assert half.states[0].tensors[0].dtype == torch.float16
     batch = half.batch([2, 0], torch.device('cpu'))
     assert batch.tensors[0].dtype == torch.float32 and batch.meta == 7

@@ -60,6 +60,7 @@ def refused(capsys):
     ('quantize_cfg.reconstruction.iter=3', 'reconstruction.iter '),
     ('quantize_cfg.traversal=random', "traversal='random'"),
     ('quantize_cfg.cache_dtype=float12', 'cache_dtype'),
+    ('quantize_cfg.cache_memory_mb=much', 'cache_memory_mb'),
     ('quantize_cfg.type=pfcr_mm.NoLoop', 'NoLoop'),
     ('quantize_cfg.level=[leaf]', 'level'),
     ('quantize_hooks.0.type=pfcr_mm.NoHook', 'NoHook'),

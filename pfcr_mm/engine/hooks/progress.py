@@ -88,8 +88,10 @@ def plan_lines(loop):
                      default=(0, 'nothing'))
     size = parallel.world_size()
     each = f' in each of {size} processes' if size > 1 else ''
-    lines.append(f'  cached activations: about {(peak + images_mb(loop)) / size:.0f} MB at most'
-                 f'{each} ({part})')
+    cached = (peak + images_mb(loop)) / size
+    limit = loop.cache.limit / 1e6
+    where = '' if cached <= limit else f', {limit:.0f} MB in memory, the rest in files'
+    lines.append(f'  cached activations: about {cached:.0f} MB at most{each} ({part}){where}')
     return lines
 
 
@@ -103,7 +105,7 @@ def cache_mb(loop, stage):
     Returns:
         dict[str, float]: by part.
     """
-    width = 4 if loop.cache_dtype is None else torch.finfo(loop.cache_dtype).bits // 8
+    width = 4 if loop.cache.dtype is None else torch.finfo(loop.cache.dtype).bits // 8
     pixels = sum(height * width for height, width in loop.image_sizes)
     elements = stream_elements(
         loop.model, loop.chains, loop.schedules[stage], pixels, len(loop.image_sizes), loop.rois)
