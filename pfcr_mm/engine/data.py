@@ -59,7 +59,8 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None, cache=N
                 broken[place] = str(error)
                 continue
             data = model.data_preprocessor(pseudo_collate([sample]), False)
-            images[place] = shelf.keep(State((data['inputs'], ))), data['data_samples']
+            images[place] = (shelf.keep(State((data['inputs'], ))),
+                             [_without_truth(one) for one in data['data_samples']])
         broken = {place: why for part in parallel.gather(broken) for place, why in part.items()}
         for place in sorted(broken):
             note(f'{broken[place]}; it is left out of calibration')
@@ -70,6 +71,13 @@ def calibration_images(cfg, model, count, seed, dataset=None, note=None, cache=N
     number_of = {place: number for number, place in enumerate(good)}
     states, samples = zip(*images.values()) if images else ((), ())
     return Images(states, samples, [number_of[place] for place in images])
+
+
+def _without_truth(sample):
+    """A data sample without ground truth: its masks can be larger than the image."""
+    for key in [k for k in sample.keys() if k.startswith('gt_') or k == 'ignored_instances']:
+        delattr(sample, key)
+    return sample
 
 
 def refuse_shared_images(images, dataset):
