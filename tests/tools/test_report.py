@@ -110,8 +110,9 @@ def test_numbers_are_those_of_report_json(tiny_run):
     assert page.column('points', 3) == [p['calibrated'] for p in found['propagation']]
     assert None not in page.column('points', 3)
     assert page.column('heads', 3) == [h['entropy'] for h in found['attention']]
-    assert page.column('activations-all', 12) == [a['sqnr_db'] for a in found['activations']]
-    assert page.column('layers-all', 6) == [x['sqnr_db'] for x in found['layers']]
+    assert page.column('activations-all', 16) == [a['sqnr_db'] for a in found['activations']]
+    assert page.column('activations-all', 14) == [a['clipped'] for a in found['activations']]
+    assert page.column('layers-all', 7) == [x['sqnr_db'] for x in found['layers']]
     assert page.column('phases', 1) == [p['seconds'] for p in report['phases'].values()]
     assert page.checks == [c['name'] for c in report['checks']]
     assert 'few-calibration-images' in page.checks
