@@ -61,7 +61,8 @@ def attention_entropy(heads, labels):
     axis.plot([0, 1], [0, 1], color='black', lw=0.7)
     axis.set_xlabel('entropy, float (0: one key, 1: all keys)', fontsize=8)
     axis.set_ylabel('entropy, quantized', fontsize=8)
-    bar = made.colorbar(drawn, ax=axis, label='attention number, input to output')
+    bar = made.colorbar(drawn, ax=axis)
+    bar.set_label('attention number, input to output', fontsize=8)
     bar.ax.tick_params(labelsize=7)
     for key, state in (('float_entropy', 'float'), ('entropy', 'quantized')):
         other.plot(depth, [h[key] for h in heads], MARKERS[state], color=COLOURS[state], ms=4,
@@ -70,9 +71,9 @@ def attention_entropy(heads, labels):
     other.set_ylabel('entropy of each head', fontsize=8)
     other.legend(fontsize=8)
     change = [h['entropy'] - h['float_entropy'] for h in heads]
-    worst = heads[min(range(len(heads)), key=change.__getitem__)]
-    title(made, f'Attention entropy changes by {median(change):+.2f} (median head); most lost: '
-          f"{short(worst['name'])} head {worst['head']}, {min(change):+.2f}")
+    most = max(range(len(heads)), key=lambda i: abs(change[i]))
+    title(made, f'Attention entropy changes by {median(change):+.2f} (median head), most by '
+          f"{change[most]:+.2f} in {short(heads[most]['name'])} head {heads[most]['head']}")
     return made
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from demo_runs import QUICK, W4A4, arguments
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from tiny_models import calibrated
 
 from pfcr_mm.analysis.cli import sensitivity_main
@@ -86,12 +87,16 @@ def test_all_layers_together_are_the_quantized_model(pair, images):
     assert relative_error(outputs(model, images[:1], boxes), mixed) == 0
 
 
-def test_the_tool(tiny_run, tmp_path, capsys):
-    """By AP on a subset, blocks; and its suggestion in a config."""
+def test_the_tool(tiny_run, tmp_path, monkeypatch):
+    """By AP on a subset, stages; and its suggestion in a config."""
+    measured, process = [], Evaluator.process
+    monkeypatch.setattr(Evaluator, 'process', lambda self, data_samples, **more: (
+        measured.extend(data_samples), process(self, data_samples=data_samples, **more)))
     options = (*tiny_run.options, *QUICK)
     args = arguments(W4A4, tiny_run.checkpoint, tmp_path, options)
     assert sensitivity_main([*args[:2], '--level', 'stage', '--by', 'ap', '--images', '3',
                              *args[2:]]) == 0
+    assert len(measured) == 3 * (1 + 4)  # the float model, each stage
     found = json.loads((tmp_path / 'sensitivity.json').read_text())
     assert {e['name'] for e in found['entries']} == {
         f'backbone.stages.{i}' for i in range(4)}
