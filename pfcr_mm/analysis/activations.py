@@ -11,7 +11,7 @@ from .taps import grid
 
 ROLES = {'post-LN': 'after LayerNorm', 'post-GELU': 'after GELU', 'q': 'q', 'k': 'k',
          'v': 'v', 'softmax': 'after softmax', 'other': 'input of other layers'}
-TAILS = (0.001, 0.999)
+SHARES = (0.001, 0.25, 0.75, 0.999)  # low, q1, q3, high of a distribution
 
 
 def roles(model):
@@ -48,8 +48,8 @@ def activations(model, floating_taps, taps):
     Returns:
         list[dict]: name, role, kind, bits, scales (how many), scale_min, scale_max,
         shift (of a logarithmic grid, None of a uniform one), grid_low, grid_high (the
-        widest of all groups), float_low, float_high, low, high (0.1% and 99.9% of the
-        values), clipped (share of values beyond the grid), zeroed (share that becomes
+        widest of all groups), float_low, float_q1, float_q3, float_high, low, q1, q3, high
+        (0.1%, 25%, 75% and 99.9% of the values), clipped (share of values beyond the grid), zeroed (share that becomes
         zero), sqnr_db (of quantizing what arrives), worst_group.
     """
     found = []
@@ -63,19 +63,19 @@ def activations(model, floating_taps, taps):
                      scales=quantizer.scale.numel(), scale_min=quantizer.scale.min().item(),
                      scale_max=quantizer.scale.max().item(), shift=_shift(quantizer))
         for key, sample in (('float_', reference), ('', values)):
-            entry[f'{key}low'], entry[f'{key}high'] = tails(sample)
+            for end, value in zip(('low', 'q1', 'q3', 'high'), quantiles(sample)):
+                entry[f'{key}{end}'] = value
         entry.update(_against_grid(quantizer, values))
         found.append(entry)
     return found
 
 
-def tails(values):
-    """0.1% and 99.9% quantiles of a sample, as floats."""
+def quantiles(values):
+    """0.1%, 25%, 75% and 99.9% quantiles of a sample, as floats."""
     finite = values[torch.isfinite(values)]
     if finite.numel() == 0:
-        return math.nan, math.nan
-    low, high = torch.quantile(finite.flatten(), torch.tensor(TAILS))
-    return low.item(), high.item()
+        return [math.nan] * len(SHARES)
+    return torch.quantile(finite.flatten(), torch.tensor(SHARES)).tolist()
 
 
 def _against_grid(quantizer, values):

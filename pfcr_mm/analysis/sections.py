@@ -220,15 +220,15 @@ def activations(found, material, names):
     """Ranges, distributions and clipping of activations."""
     section = Section('activations', 'Activations', [
         'Range (0.1% to 99.9% of the values) of what arrives at each quantizer, in the float and '
-        'in the quantized model, and the ends of the quantizer\'s grid. Clipped is what lies more '
-        'than a step beyond them. A scale is the step of a uniform grid, the largest power of a '
-        'logarithmic one, whose levels are powers minus the shift (0.17 after a GELU, whose least '
-        'value is -0.17).'])
+        'in the quantized model, half of them in the thick part, and the levels of the grid. '
+        'Clipped is what lies more than a step beyond them. A scale is the step of a uniform '
+        'grid, the largest power of a logarithmic one, whose levels are powers minus the shift '
+        '(0.17 after a GELU, whose least value is -0.17).'])
     entries = found.get('activations')
     if not entries:
         section.missing.append('Left out: no quantized activation was seen.')
         return section
-    section.add('ranges', signal_figures.ranges(entries, names))
+    section.add('ranges', signal_figures.ranges(entries, material.grids, names))
     section.add('grids', signal_figures.grids(entries, material.samples, material.grids, names),
                 'The outermost bars hold all values beyond. Axes are logarithmic where grids are.')
     section.tables.append(Table(

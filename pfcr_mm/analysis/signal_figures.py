@@ -5,7 +5,7 @@ from statistics import median
 
 import torch
 
-from .activations import ROLES, tails
+from .activations import ROLES, quantiles
 from .style import COLOURS, MARKERS, brief_part, figure, short, title
 
 # Ends of quantizers' names, and what is left of them under an axis.
@@ -16,6 +16,7 @@ _PLACES = {
     r'^neck\.lateral_convs\.(\d+)\.conv$': r'map \1'}
 _TOP = 60.0  # dB; what is exact is drawn there
 _BY_HEAD = ('q', 'k', 'v', 'softmax')  # roles whose groups are heads
+_FEW = 16  # levels that are all drawn
 _LONE = 8.0  # so many times the median range and an axis becomes logarithmic
 
 
@@ -105,8 +106,14 @@ def softmax_values(entries, samples, labels):
     return made
 
 
-def ranges(entries, labels):
-    """Range of activations by role and layer, float against quantized, with the grid's ends."""
+def ranges(entries, levels, labels):
+    """Spread of activations by role and layer, float against quantized, under their grids.
+
+    Args:
+        entries (list[dict]): of `activations`.
+        levels (dict[str, Tensor | None]): by quantizer, see `grid`.
+        labels (dict[str, str]): what each state is called.
+    """
     found = {role: [e for e in entries if e['role'] == role] for role in ROLES if role != 'other'}
     found = {role: chosen for role, chosen in found.items() if chosen}
     if not found:
@@ -116,12 +123,21 @@ def ranges(entries, labels):
     for axis, (role, chosen) in zip(axes.flat, found.items()):
         for shift, key, state in ((-0.18, 'float_', 'float'), (0.18, '', 'quantized')):
             x = [i + shift for i in range(len(chosen))]
-            axis.vlines(x, [e[f'{key}low'] for e in chosen], [e[f'{key}high'] for e in chosen],
-                        color=COLOURS[state], lw=3 if state == 'quantized' else 1.4,
-                        label=labels[state])
-        for key in ('grid_low', 'grid_high'):
-            axis.plot(range(len(chosen)), [_or_nan(e[key]) for e in chosen], '_', ms=9,
-                      color=COLOURS['bad'], label='ends of the grid' if 'low' in key else None)
+            for low, high, width in (('low', 'high', 1.0), ('q1', 'q3', 3.2)):
+                axis.vlines(x, [e[key + low] for e in chosen], [e[key + high] for e in chosen],
+                            color=COLOURS[state], lw=width,
+                            label=f'{labels[state]}, half of the values thick' if low == 'q1'
+                            else None)
+        places, drawn = [], []
+        for i, entry in enumerate(chosen):
+            own = levels.get(entry['name'])
+            if own is not None:
+                own = own[entry['worst_group']]
+                own = own if len(own) <= _FEW else own[[0, -1]]
+                places += [i] * len(own)
+                drawn += own.tolist()
+        axis.plot(places, drawn, '_', ms=7, mew=0.7, color=COLOURS['bad'],
+                  label='levels of the grid (beyond 4 bits its ends)')
         axis.set_title(ROLES[role], fontsize=9)
         axis.set_xticks(range(len(chosen)), [_place(e['name']) for e in chosen], rotation=90,
                         fontsize=6.5)
@@ -197,7 +213,7 @@ def grids(entries, samples, levels, labels):
 
 def _bins(levels, values, shift, count=60):
     """Edges of bins that hold the levels and most of the values; of powers for a log grid."""
-    low, high = tails(values)
+    low, _, _, high = quantiles(values)
     low, high = min(low, levels.min().item()), max(high, levels.max().item())
     if shift is not None:
         powers = levels + shift

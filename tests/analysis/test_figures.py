@@ -11,8 +11,8 @@ LABELS = dict(float='float', quantized='PFCR')
 
 def entry(role, kind, shift, **more):
     return dict(dict(name=f'backbone.{role}', role=role, kind=kind, bits=2, scales=1, shift=shift,
-                     sqnr_db=15.0, worst_group=0, float_low=-0.2, float_high=2.0, low=-0.2,
-                     high=2.0, grid_low=-0.2, grid_high=2.0, clipped=0.0), **more)
+                     sqnr_db=15.0, worst_group=0, float_low=-0.2, float_q1=0.0, float_q3=1.0,
+                     float_high=2.0, low=-0.2, q1=0.0, q3=1.0, high=2.0, grid_low=-0.2, grid_high=2.0, clipped=0.0), **more)
 
 
 def test_a_logarithmic_grid_has_a_logarithmic_axis():
@@ -35,8 +35,11 @@ def test_a_logarithmic_grid_has_a_logarithmic_axis():
 
 def test_one_wide_range_leaves_room_for_the_others():
     chosen = [entry('post-GELU', 'adalog', 0.17, name=f'backbone.{i}') for i in range(5)]
-    assert ranges(chosen, LABELS).axes[0].get_yscale() == 'linear'
+    levels = {e['name']: torch.tensor([[-0.2, 0.5, 1.0, 2.0]]) for e in chosen}
+    axis = ranges(chosen, levels, LABELS).axes[0]
+    assert axis.get_yscale() == 'linear'
+    assert axis.lines[0].get_ydata() == pytest.approx([-0.2, 0.5, 1.0, 2.0] * 5)
     chosen[3]['grid_high'] = 187.0
-    axis = ranges(chosen, LABELS).axes[0]
+    axis = ranges(chosen, levels, LABELS).axes[0]
     assert axis.get_yscale() == 'symlog' and 'logarithmic beyond 2.0' in axis.get_ylabel()
     assert -1 < axis.get_ylim()[0] < -0.2

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from pfcr_mm.analysis.activations import _against_grid, clipped_share, tails
+from pfcr_mm.analysis.activations import _against_grid, clipped_share, quantiles
 from pfcr_mm.analysis.taps import Taps, entropy, grid
 from pfcr_mm.modules import quantizers_of
 from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
@@ -82,9 +82,9 @@ def test_share_that_becomes_zero():
     assert _against_grid(log, values)['zeroed'] == 0.5
 
 
-def test_tails_leave_out_what_is_no_number():
-    low, high = tails(torch.tensor([[float('nan')], [1.0], [2.0], [float('inf')]]))
-    assert (low, high) == pytest.approx((1.001, 1.999))
+def test_quantiles_leave_out_what_is_no_number():
+    found = quantiles(torch.tensor([[float('nan')], [1.0], [2.0], [float('inf')]]))
+    assert found == pytest.approx([1.001, 1.25, 1.75, 1.999])
 
 
 def test_taps_see_and_leave(quantized, images):
