@@ -49,8 +49,8 @@ def activations(model, floating_taps, taps):
         list[dict]: name, role, kind, bits, scales (how many), scale_min, scale_max,
         shift (of a logarithmic grid, None of a uniform one), grid_low, grid_high (the
         widest of all groups), float_low, float_q1, float_q3, float_high, low, q1, q3, high
-        (0.1%, 25%, 75% and 99.9% of the values), clipped (share of values beyond the grid), zeroed (share that becomes
-        zero), sqnr_db (of quantizing what arrives), worst_group.
+        (0.1%, 25%, 75% and 99.9% of the values), clipped (share of values beyond the grid),
+        zeroed (share that becomes zero), sqnr_db (of quantizing what arrives), worst_group.
     """
     found = []
     by_name = dict(model.named_modules())

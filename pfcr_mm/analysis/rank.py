@@ -57,7 +57,8 @@ def rank(cfg, level, by_ap=False, count=None, bits=8):
     write_atomically(folder / 'sensitivity.png', png(plot(entries, level, metric)))
     write_atomically(folder / 'sensitivity_overrides.py', suggestion(entries, bits))
     for entry in entries[:SHOWN]:
-        measured = f', {metric} {100 * entry.metrics[metric]:.1f}%' if metric else ''
+        measured = (f', {metric} {100 * entry.metrics[metric]:.1f}% ({-100 * entry.lost:+.1f})'
+                    if metric else '')
         lost = 'nothing lost' if entry.sqnr_db is None else f'{entry.sqnr_db:6.1f} dB'
         print(f'{lost}{measured}  {entry.name}')
     print(f'Wrote {folder}/sensitivity.json, .png and sensitivity_overrides.py (a config)')

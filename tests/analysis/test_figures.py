@@ -12,7 +12,8 @@ LABELS = dict(float='float', quantized='PFCR')
 def entry(role, kind, shift, **more):
     return dict(dict(name=f'backbone.{role}', role=role, kind=kind, bits=2, scales=1, shift=shift,
                      sqnr_db=15.0, worst_group=0, float_low=-0.2, float_q1=0.0, float_q3=1.0,
-                     float_high=2.0, low=-0.2, q1=0.0, q3=1.0, high=2.0, grid_low=-0.2, grid_high=2.0, clipped=0.0), **more)
+                     float_high=2.0, low=-0.2, q1=0.0, q3=1.0, high=2.0, grid_low=-0.2,
+                     grid_high=2.0, clipped=0.0), **more)
 
 
 def test_a_logarithmic_grid_has_a_logarithmic_axis():
