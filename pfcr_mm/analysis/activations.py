@@ -11,7 +11,7 @@ from .taps import grid
 
 ROLES = {'post-LN': 'after LayerNorm', 'post-GELU': 'after GELU', 'q': 'q', 'k': 'k',
          'v': 'v', 'softmax': 'after softmax', 'other': 'input of other layers'}
-TAILS = (0.001, 0.999)
+SHARES = (0.001, 0.25, 0.75, 0.999)  # low, q1, q3, high of a distribution
 
 
 def roles(model):
@@ -47,9 +47,10 @@ def activations(model, floating_taps, taps):
 
     Returns:
         list[dict]: name, role, kind, bits, scales (how many), scale_min, scale_max,
-        grid_low, grid_high (the widest of all groups), float_low, float_high, low, high
-        (0.1% and 99.9% of the values), clipped (share of values beyond the grid), sqnr_db
-        (of quantizing what arrives), worst_group.
+        shift (of a logarithmic grid, None of a uniform one), grid_low, grid_high (the
+        widest of all groups), float_low, float_q1, float_q3, float_high, low, q1, q3, high
+        (0.1%, 25%, 75% and 99.9% of the values), clipped (share of values beyond the grid),
+        zeroed (share that becomes zero), sqnr_db (of quantizing what arrives), worst_group.
     """
     found = []
     by_name = dict(model.named_modules())
@@ -60,28 +61,29 @@ def activations(model, floating_taps, taps):
             continue
         entry = dict(name=name, role=role, kind=quantizer.spec.kind, bits=quantizer.bits,
                      scales=quantizer.scale.numel(), scale_min=quantizer.scale.min().item(),
-                     scale_max=quantizer.scale.max().item())
+                     scale_max=quantizer.scale.max().item(), shift=_shift(quantizer))
         for key, sample in (('float_', reference), ('', values)):
-            entry[f'{key}low'], entry[f'{key}high'] = tails(sample)
+            for end, value in zip(('low', 'q1', 'q3', 'high'), quantiles(sample)):
+                entry[f'{key}{end}'] = value
         entry.update(_against_grid(quantizer, values))
         found.append(entry)
     return found
 
 
-def tails(values):
-    """0.1% and 99.9% quantiles of a sample, as floats."""
+def quantiles(values):
+    """0.1%, 25%, 75% and 99.9% quantiles of a sample, as floats."""
     finite = values[torch.isfinite(values)]
     if finite.numel() == 0:
-        return math.nan, math.nan
-    low, high = torch.quantile(finite.flatten(), torch.tensor(TAILS))
-    return low.item(), high.item()
+        return [math.nan] * len(SHARES)
+    return torch.quantile(finite.flatten(), torch.tensor(SHARES)).tolist()
 
 
 def _against_grid(quantizer, values):
     """What quantization does to values (n, groups)."""
     levels = grid(quantizer)
     if levels is None:
-        return dict(grid_low=None, grid_high=None, clipped=None, sqnr_db=None, worst_group=0)
+        return dict(grid_low=None, grid_high=None, clipped=None, zeroed=None, sqnr_db=None,
+                    worst_group=0)
     # as the quantizer rounds: a logarithmic one does so between logarithms
     axis = -1 if quantizer.axis is None else quantizer.axis
     x = values.to(quantizer.scale.device).movedim(-1, axis)
@@ -91,22 +93,34 @@ def _against_grid(quantizer, values):
     by_group = [sqnr_db(s, n) for s, n in zip(signal.tolist(), noise.tolist())]
     return dict(
         grid_low=levels.min().item(), grid_high=levels.max().item(),
-        clipped=clipped_share(values, levels, isinstance(quantizer, LogQuantizer)),
+        clipped=clipped_share(values, levels, _shift(quantizer)),
+        zeroed=(quantized == 0).double().mean().item(),
         sqnr_db=plain_db(sqnr_db(signal.sum().item(), noise.sum().item())),
         worst_group=min(range(len(by_group)), key=by_group.__getitem__))
 
 
-def clipped_share(values, levels, logarithmic=False):
+def clipped_share(values, levels, shift=None):
     """Share of values more than a step beyond the ends of the grid.
 
     Half a step beyond is no more than rounding costs anywhere: GELU's least value, -0.17, often
-    lies there, below a grid that starts at zero. A logarithmic grid has zero or its smallest
-    power for small values: only its upper end clips.
+    lies there, below a uniform grid that starts at zero. A step of a logarithmic grid is the
+    ratio of two levels, without its shift; small values have zero or its smallest power, so
+    that only what lies below -shift clips at its lower end.
+
+    Args:
+        values (Tensor): (n, groups).
+        levels (Tensor): (groups, levels), ascending.
+        shift (float | None): of a logarithmic grid; None of a uniform one.
     """
-    if logarithmic:
-        above = values > levels[:, -1] * (levels[:, -1] / levels[:, -2])
-    else:
+    if shift is None:
         above = values > 2 * levels[:, -1] - levels[:, -2]
-    below = torch.zeros_like(above) if logarithmic else (
-        values < 2 * levels[:, 0] - levels[:, 1])
+        below = values < 2 * levels[:, 0] - levels[:, 1]
+    else:
+        powers, values = levels + shift, values + shift
+        above = values > powers[:, -1] * (powers[:, -1] / powers[:, -2])
+        below = values < -powers[:, 1]
     return (above | below).double().mean().item()
+
+
+def _shift(quantizer):
+    return quantizer.spec.shift if isinstance(quantizer, LogQuantizer) else None

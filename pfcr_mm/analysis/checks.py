@@ -14,7 +14,7 @@ SHOWN = 3  # places named by a check; the rest is counted
 
 @dataclass(frozen=True)
 class Limits:
-    """From where on a check speaks. Set by hand, from the demo detector.
+    """From where on a check speaks. Set by hand; docs/report.md has what they say of real runs.
 
     Args:
         early_db (float): least SQNR (dB) of the first quarter of the backbone.
@@ -109,11 +109,10 @@ def early_layers(report, limits):
              if p['quantized'] is not None and p['quantized'] < limits.early_db]
     if early:
         worst = min(early, key=lambda p: p['quantized'])
-        name = f"{worst['part']}.{worst['name']}"
-        yield (f"{name} leaves with {worst['quantized']:.1f} dB, early in the backbone "
-               f'({limits.early_db:.0f} dB or more is usual)',
-               f"give it more bits: model.quant.overrides=[dict(pattern='{name}*', weight_bits=8, "
-               'activation_bits=8)]')
+        source = _noisiest(points[:points.index(worst) + 1])
+        yield (f"{_full(worst)} leaves with {worst['quantized']:.1f} dB, early in the backbone "
+               f'({limits.early_db:g} dB or more is usual); most of the error comes from '
+               f'{_full(source)}', _relief(report, _full(source)))
 
 
 @check('attention-entropy-collapsed')
@@ -182,37 +181,36 @@ def weak_layers(report, limits):
     for _, usual, entry in sorted(weak, key=lambda w: -w[0]):
         bits = f"W{entry['weight_bits'] or '-'}A{entry['activation_bits']}"
         yield (f"{entry['name']} ({bits}) has a local SQNR of {entry['sqnr_db']:.1f} dB, layers "
-               f'like it {usual:.1f} dB',
-               f"more bits, model.quant.overrides=[dict(pattern='{entry['name']}', "
-               f"{'weight_bits=8, ' if entry['weight_bits'] else ''}activation_bits=8)], or leave "
-               f"it float, model.quant.exclude=['{entry['name']}']")
+               f'like it {usual:.1f} dB', _relief(report, entry['name']))
 
 
 @check('error-grows')
 def error_grows(report, limits):
-    """The error grows from block to block, or jumps at one."""
+    """The error jumps at a leaf that adds much of it, or grows from block to block."""
     points = [p for p in _backbone(report) if p['quantized'] is not None]
     jumps = []
     for before, after in zip(points, points[1:]):
         lost = before['quantized'] - after['quantized']
-        if lost > limits.jump_db and after['quantized'] < limits.drop_db:
+        if (lost > limits.jump_db and after['quantized'] < limits.drop_db
+                and _adds_much(report, after)):
             jumps.append((lost, before, after))
     for _, before, after in sorted(jumps, key=lambda jump: -jump[0]):
-        name = f"{after['part']}.{after['name']}"
         yield (f"SQNR falls from {before['quantized']:.1f} dB to {after['quantized']:.1f} dB at "
-               f'{name}',
-               f'look at the layers of {name} in section Every layer; give them more bits with '
-               f"model.quant.overrides=[dict(pattern='{name}*', weight_bits=8, "
-               'activation_bits=8)]')
-    blocks = {p['block']: p['quantized'] for p in points if p['block'] is not None}
-    values = list(blocks.values())
+               f'{_full(after)}', _relief(report, _full(after)))
+    values = list({p['block']: p['quantized'] for p in points if p['block'] is not None}.values())
+    if points and points[-1]['block'] is None:
+        values.append(points[-1]['quantized'])  # what the blocks feed, such as a classifier
     falls = sum(b < a for a, b in zip(values, values[1:]))
-    if (not jumps and len(values) >= 4 and values[-1] < limits.end_db
+    # a jump into the first block, from a stem with more bits, is no step between blocks
+    between = [jump for jump in jumps if jump[1]['block'] is not None]
+    if (not between and len(values) >= 4 and values[-1] < limits.end_db
             and falls >= 0.75 * (len(values) - 1)):
         yield (f'SQNR falls in {falls} of {len(values) - 1} steps from block to block, from '
                f'{values[0]:.1f} dB to {values[-1]:.1f} dB',
-               "reconstruct coarser units too (quantize_cfg.levels with 'stage' and 'backbone'), "
-               'with more iterations (quantize_cfg.reconstruction.iters), or more activation bits')
+               'no single layer is to blame: more activation bits '
+               '(model.quant.activation_bits), more calibration images '
+               '(quantize_cfg.calibration.images), or more iterations '
+               '(quantize_cfg.reconstruction.iters)')
 
 
 @check('units-all-restored')
@@ -254,8 +252,8 @@ def lost_classes(report, limits):
         yield (f'class {name!r} lost {100 * share:.0f}% of its {kind} AP: {100 * before:.1f} to '
                f'{100 * value:.1f}',
                'see whether calibration images hold the class (quantize_cfg.calibration.images, '
-               'calibration.dataset), and section Detections; more bits for the predictors: '
-               "model.quant.overrides=[dict(pattern='*fc_cls', weight_bits=8, "
+               'calibration.dataset), and section Detections; more bits for the RoI heads: '
+               "model.quant.overrides=[dict(pattern='roi_head.*', weight_bits=8, "
                'activation_bits=8)]')
 
 
@@ -266,6 +264,52 @@ def few_images(report, limits):
     if images is not None and images < limits.few_images:
         yield (f'only {images} images calibrate',
                f'take {limits.few_images} or more, better 256: quantize_cfg.calibration.images')
+
+
+def _full(point):
+    return f"{point['part']}.{point['name']}"
+
+
+def _noise(db):
+    """Error power over signal power."""
+    return 0.0 if db is None else 10**(-db / 10)
+
+
+def _noisiest(points):
+    """The point at which the error grows most."""
+    before = [0.0, *(_noise(p['quantized']) for p in points)]
+    return max(zip(before, points), key=lambda pair: _noise(pair[1]['quantized']) - pair[0])[1]
+
+
+def _inside(report, place):
+    """Measured layers of a leaf, or the one layer of that name."""
+    return [e for e in report['diagnostics'].get('layers') or () if e['sqnr_db'] is not None
+            and f"{e['name']}.".startswith(f'{place}.')]
+
+
+def _adds_much(report, point):
+    """Whether a leaf's own layers explain half of the error behind it.
+
+    Where they do not it came in, and only shows here: a few huge values may carry the power of
+    a residual stream, and a norm behind it scales them down (ViT's last one does).
+    """
+    own = sum(_noise(e['sqnr_db']) for e in _inside(report, _full(point)))
+    return not own or own >= 0.5 * _noise(point['quantized'])
+
+
+def _relief(report, place):
+    """What to do about a noisy leaf or layer: more bits, or float where it has 8 already."""
+    inside = _inside(report, place)
+    weights = not inside or any(e['weight_bits'] for e in inside)
+    pattern = place if [e['name'] for e in inside] == [place] else f'{place}*'
+    more = (f"more bits, model.quant.overrides=[dict(pattern='{pattern}', "
+            f"{'weight_bits=8, ' if weights else ''}activation_bits=8)]")
+    if not inside:
+        return more
+    worst = min(inside, key=lambda e: e['sqnr_db'])['name']
+    float_ = f"leave {worst} float, model.quant.exclude=['{worst}']"
+    least = min(e[k] for e in inside for k in ('weight_bits', 'activation_bits') if e[k])
+    return float_ if least >= 8 else f'{more}, or {float_}'
 
 
 def _width(low, high):

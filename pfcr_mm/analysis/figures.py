@@ -107,6 +107,7 @@ def curves(lines):
     made, axes = figure(0.6 + 2.1 * rows, rows, columns)
     falls = []
     for axis, (level, found) in zip(axes.flat, levels.items()):
+        shares = [v / points[0][1] for points, _ in found for _, v in points]
         for points, accepted in found:
             steps, losses = zip(*points)
             axis.plot(steps, [v / losses[0] for v in losses], lw=0.9, alpha=0.7,
@@ -114,8 +115,9 @@ def curves(lines):
                       ls='-' if accepted else '--')
             falls.append(losses[-1] / losses[0])
         axis.axhline(1, color='black', lw=0.5)
-        axis.set_title(f'{level} ({len(found)} units)', fontsize=8)
-        axis.set_yscale('log')
+        axis.set_title(f'{level} ({len(found)} unit{"s" * (len(found) > 1)})', fontsize=8)
+        if max(shares) > 10 * min(shares):  # else its ticks would have no numbers to read
+            axis.set_yscale('log')
         axis.set_xlabel('step', fontsize=8)
         axis.set_ylabel('loss / first loss', fontsize=8)
     for axis in axes.flat[len(levels):]:

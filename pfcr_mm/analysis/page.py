@@ -103,8 +103,8 @@ def _summary(report):
             f"{report['peak_memory_mb']:.0f} MB.")
     if found['images']:
         words.append(
-            f"Signals were compared on {len(found['images'])} images and detections on "
+            f"Signals were compared on {len(found['images'])} images and predictions on "
             f"{found['compared_images']} images of the test split, evenly spread over it: none "
-            'of them was calibrated on; AP is measured on them, among others. Figures are also '
-            f"in {FIGURES}/, numbers in {_numbers(report)}.")
+            'of them was calibrated on; the result is measured on them, among others. Figures '
+            f"are also in {FIGURES}/, numbers in {_numbers(report)}.")
     return ' '.join(words)

@@ -11,6 +11,7 @@ from ..errors import UsageError
 from ..files import write_atomically
 from ..models.reparam import fold_alike
 from ..reconstruction import LEVELS, harden
+from ..registry import DATASETS
 from .probe import evenly, probe_images
 from .sensitivity import as_data, groups_of, plot, sensitivity, suggestion
 from .style import png
@@ -56,7 +57,8 @@ def rank(cfg, level, by_ap=False, count=None, bits=8):
     write_atomically(folder / 'sensitivity.png', png(plot(entries, level, metric)))
     write_atomically(folder / 'sensitivity_overrides.py', suggestion(entries, bits))
     for entry in entries[:SHOWN]:
-        measured = f', {metric} {100 * entry.metrics[metric]:.1f}%' if metric else ''
+        measured = (f', {metric} {100 * entry.metrics[metric]:.1f}% ({-100 * entry.lost:+.1f})'
+                    if metric else '')
         lost = 'nothing lost' if entry.sqnr_db is None else f'{entry.sqnr_db:6.1f} dB'
         print(f'{lost}{measured}  {entry.name}')
     print(f'Wrote {folder}/sensitivity.json, .png and sensitivity_overrides.py (a config)')
@@ -86,11 +88,13 @@ def subset_measure(runner, count):
     The metric is told of the subset: images left out do not count as missed.
     """
     runner.call_hook('before_run')
-    loop = runner._test_loop = runner.build_test_loop(runner._test_loop)
-    dataset = loop.dataloader.dataset
+    dataset = DATASETS.build(runner._test_dataloader['dataset'])
     if not hasattr(dataset, 'get_subset_'):
         raise UsageError(f'--by ap: {type(dataset).__name__} cannot be cut to a subset')
     dataset.get_subset_(evenly(count, len(dataset)))
+    # a sampler counts what it has when it is built
+    runner._test_dataloader = dict(runner._test_dataloader, dataset=dataset)
+    loop = runner._test_loop = runner.build_test_loop(runner._test_loop)
     ids = [dataset.get_data_info(i).get('img_id') for i in range(len(dataset))]
     for metric in loop.evaluator.metrics:
         if hasattr(metric, 'img_ids'):

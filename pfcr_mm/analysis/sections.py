@@ -206,7 +206,8 @@ def attention(found, material, names):
         section.missing.append('Left out: no quantized attention was seen.')
         return section
     section.add('entropy', signal_figures.attention_entropy(heads, names))
-    section.add('softmax', signal_figures.softmax_values(found['activations'], material.samples))
+    section.add('softmax', signal_figures.softmax_values(
+        found['activations'], material.samples, names))
     section.tables.append(Table(
         'heads', 'Every head', ['attention', 'head', 'entropy, float', 'entropy, quantized',
                                 'rows quantized to zero (percent)'],
@@ -219,23 +220,29 @@ def activations(found, material, names):
     """Ranges, distributions and clipping of activations."""
     section = Section('activations', 'Activations', [
         'Range (0.1% to 99.9% of the values) of what arrives at each quantizer, in the float and '
-        'in the quantized model, and the ends of the quantizer\'s grid. Values beyond them are '
-        'clipped.'])
+        'in the quantized model, half of them in the thick part, and the levels of the grid. '
+        'Clipped is what lies more than a step beyond them. A scale is the step of a uniform '
+        'grid, the largest power of a logarithmic one, whose levels are powers minus the shift '
+        '(0.17 after a GELU, whose least value is -0.17).'])
     entries = found.get('activations')
     if not entries:
         section.missing.append('Left out: no quantized activation was seen.')
         return section
-    section.add('ranges', signal_figures.ranges(entries, names))
-    section.add('grids', signal_figures.grids(entries, material.samples, material.grids))
+    section.add('ranges', signal_figures.ranges(entries, material.grids, names))
+    section.add('grids', signal_figures.grids(entries, material.samples, material.grids, names),
+                'The outermost bars hold all values beyond. Axes are logarithmic where grids are.')
     section.tables.append(Table(
         'activations-all', 'Every activation quantizer',
         ['quantizer', 'role', 'kind', 'bits', 'scales', 'least scale', 'largest scale',
-         'float 0.1%', 'float 99.9%', 'quantized 0.1%', 'quantized 99.9%', 'clipped (percent)',
+         'shift', 'float 0.1%', 'float 99.9%', 'quantized 0.1%', 'quantized 99.9%',
+         'least level', 'largest level', 'clipped (percent)', 'becomes zero (percent)',
          'SQNR (dB)'],
         [[text(e['name']), text(e['role']), text(e['kind']), number(e['bits'], 0),
           number(e['scales'], 0), *(brief(e[k]) for k in (
-              'scale_min', 'scale_max', 'float_low', 'float_high', 'low', 'high')),
-          number(e['clipped'], 3, 100), number(e['sqnr_db'], 1)] for e in entries]))
+              'scale_min', 'scale_max', 'shift', 'float_low', 'float_high', 'low', 'high',
+              'grid_low', 'grid_high')),
+          number(e['clipped'], 3, 100), number(e['zeroed'], 1, 100), number(e['sqnr_db'], 1)]
+         for e in entries]))
     return section
 
 
@@ -294,17 +301,26 @@ def layers(report):
     found = report['diagnostics']
     section = Section('layers', 'Every layer', [
         'Local SQNR: output of the quantized layer against that of the float layer for the same '
-        'input, its own error alone.'])
+        'input, its own error alone. Of a matmul the grid of the right operand (k, v) is shown; '
+        'section Activations has both, and says what a scale is.'])
     entries = found.get('layers') or report.get('layers') or []
     section.add('local', signal_figures.local_errors(found.get('layers') or []))
-    scales = {e['name']: e['scale_max'] for e in found.get('activations') or ()}
+    quantizers = {e['name']: e for e in found.get('activations') or ()}
+
+    def input_of(entry):
+        """The quantizer of a layer's input, of a matmul's right operand."""
+        for end in ('input_quantizer', 'right_quantizer'):
+            if f"{entry['name']}.{end}" in quantizers:
+                return quantizers[f"{entry['name']}.{end}"]
+        return {}
+
     section.tables.append(Table(
-        'layers-all', 'Every layer', ['layer', 'kind', 'weight bits', 'input bits', 'input scale',
-                                      'largest weight scale', 'local SQNR (dB)', 'not quantized'],
+        'layers-all', 'Every layer', ['layer', 'kind', 'weight bits', 'input bits', 'input grid',
+                                      'input scale', 'largest weight scale', 'local SQNR (dB)',
+                                      'not quantized'],
         [[text(e['name']), text(e['kind']), number(e['weight_bits'], 0),
-          number(e['activation_bits'], 0),
-          brief(scales.get(f"{e['name']}.input_quantizer",
-                           scales.get(f"{e['name']}.right_quantizer"))),
+          number(e['activation_bits'], 0), text(input_of(e).get('kind')),
+          brief(input_of(e).get('scale_max')),
           brief(e.get('scale_max')), number(e.get('sqnr_db'), 1), text(e['skipped_reason'])]
          for e in entries]))
     return section

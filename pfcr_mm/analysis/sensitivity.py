@@ -26,6 +26,7 @@ class Entry:
         error (float): mean over the parts' outputs of error power over signal power.
         sqnr_db (float | None): the same in dB; None where nothing is lost.
         metrics (dict | None): AP (0 to 1) on the images, where that is measured.
+        lost (float | None): of the first metric, against the float model.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Entry:
     error: float
     sqnr_db: float | None
     metrics: dict | None = None
+    lost: float | None = None
 
 
 def groups_of(model, level):
@@ -104,10 +106,10 @@ def sensitivity(floating, quantized, images, level='layer', measure=None, tell=N
             noise.signal, noise.noise = 1.0, error
             metrics = measure(model) if measure else None
         entries.append(Entry(name, layers, error, noise.db, metrics))
-    if base:
+    for entry in entries if base else ():
         key = next(iter(base))
-        return sorted(entries, key=lambda e: (e.metrics[key], -e.error))
-    return sorted(entries, key=lambda e: -e.error)
+        entry.lost = base[key] - entry.metrics[key]
+    return sorted(entries, key=lambda e: (-(e.lost or 0.0), -e.error))
 
 
 def outputs(model, images, boxes):
@@ -141,24 +143,28 @@ def relative_error(reference, values):
 
 
 def suggestion(entries, bits=8, share=SHARE):
-    """What a config may take, as it is: the layers that make `share` of the summed error.
+    """What a config may take, as it is: the layers that make `share` of what all lose.
+
+    That is AP where it was measured and something has lost some, else error.
 
     Args:
-        entries (list[Entry]): the most sensitive first.
+        entries (list[Entry]): of `sensitivity`.
         bits (int): to give them.
         share (float): 0 to 1.
 
     Returns:
         str: a config, with the bit assignment; the exclude list is in its comment.
     """
-    total, so_far, names = sum(e.error for e in entries), 0.0, []
-    for entry in entries:
+    by_ap = any((e.lost or 0.0) > 0 for e in entries)
+    losses = [(max(0.0, e.lost) if by_ap else e.error, e) for e in entries]
+    total, so_far, names = sum(loss for loss, _ in losses), 0.0, []
+    for loss, entry in sorted(losses, key=lambda pair: -pair[0]):
         if total == 0 or so_far >= share * total:
             break
-        so_far += entry.error
+        so_far += loss
         names += [name for name in entry.layers if name not in names]
     lines = [f'# {len(names)} layers that make {100 * so_far / total if total else 0:.0f}% of the '
-             'summed error of all, each quantized alone.',
+             f"{'AP lost' if by_ap else 'error'}, summed over all, each quantized alone.",
              '# Put this file into _base_ of a config, or copy what is in it. To leave them float:',
              f'# model = dict(quant=dict(exclude={names!r}))',
              'model = dict(quant=dict(overrides=[']
@@ -178,6 +184,10 @@ def plot(entries, level, metric=None, shown=30):
     axis.invert_yaxis()
     for row, value in enumerate(values):
         axis.text(value, row, f' {value:.1f}', va='center', fontsize=7)
+    if metric:
+        axis.axvline(100 * (top[0].metrics[metric] + top[0].lost), color=COLOURS['float'], lw=1,
+                     ls='--', label='float model')
+        axis.legend(fontsize=8, loc='lower left')
     axis.set_xlabel(f'{metric} on the images (percent), only this quantized' if metric else
                     "SQNR of the parts' outputs (dB), only this quantized: shorter is worse")
     title(made, f'Most sensitive {level}: {short(top[0].name, 44)}; '

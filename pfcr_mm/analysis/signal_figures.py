@@ -5,7 +5,7 @@ from statistics import median
 
 import torch
 
-from .activations import ROLES, tails
+from .activations import ROLES, quantiles
 from .style import COLOURS, MARKERS, brief_part, figure, short, title
 
 # Ends of quantizers' names, and what is left of them under an axis.
@@ -15,6 +15,9 @@ _PLACES = {
     r'\.(ffn\.layers\.1|mlp\.fc2)$': '', r'\.downsample\.reduction$': ' merge',
     r'^neck\.lateral_convs\.(\d+)\.conv$': r'map \1'}
 _TOP = 60.0  # dB; what is exact is drawn there
+_BY_HEAD = ('q', 'k', 'v', 'softmax')  # roles whose groups are heads
+_FEW = 16  # levels that are all drawn
+_LONE = 8.0  # so many times the median range and an axis becomes logarithmic
 
 
 def propagation(points, labels):
@@ -59,7 +62,8 @@ def attention_entropy(heads, labels):
     axis.plot([0, 1], [0, 1], color='black', lw=0.7)
     axis.set_xlabel('entropy, float (0: one key, 1: all keys)', fontsize=8)
     axis.set_ylabel('entropy, quantized', fontsize=8)
-    bar = made.colorbar(drawn, ax=axis, label='attention number, input to output')
+    bar = made.colorbar(drawn, ax=axis)
+    bar.set_label('attention number, input to output', fontsize=8)
     bar.ax.tick_params(labelsize=7)
     for key, state in (('float_entropy', 'float'), ('entropy', 'quantized')):
         other.plot(depth, [h[key] for h in heads], MARKERS[state], color=COLOURS[state], ms=4,
@@ -68,42 +72,48 @@ def attention_entropy(heads, labels):
     other.set_ylabel('entropy of each head', fontsize=8)
     other.legend(fontsize=8)
     change = [h['entropy'] - h['float_entropy'] for h in heads]
-    worst = heads[min(range(len(heads)), key=change.__getitem__)]
-    title(made, f'Attention entropy changes by {median(change):+.2f} (median head); most lost: '
-          f"{short(worst['name'])} head {worst['head']}, {min(change):+.2f}")
+    most = max(range(len(heads)), key=lambda i: abs(change[i]))
+    title(made, f'Attention entropy changes by {median(change):+.2f} (median head), most by '
+          f"{change[most]:+.2f} in {short(heads[most]['name'])} head {heads[most]['head']}")
     return made
 
 
-def softmax_values(entries, samples):
-    """Distribution of post-softmax values before and after quantization, by attention."""
+def softmax_values(entries, samples, labels):
+    """Distribution of attention weights in both models; None without attention."""
     entries = [e for e in entries if e['role'] == 'softmax']
     if not entries:
         return None
     made, ((axis, ), ) = figure(3.0)
-    shares = []
     bins = torch.linspace(-8, 0, 81)
     for position, state in ((0, 'float'), (1, 'quantized')):
         values = torch.cat([samples[e['name']][position].flatten() for e in entries])
-        small = (values < 1e-8).double().mean().item()
         counts = torch.histogram(values.clamp(min=1e-8).log10(), bins)[0]
         axis.stairs((counts / counts.sum() * 100).tolist(), bins.tolist(), color=COLOURS[state],
-                    ls='-' if position else '--', lw=1.2,
-                    label=f"{'quantized model' if position else 'float model'}, before its "
-                    'quantizer')
-        shares.append(small)
+                    ls='-' if position else '--', lw=1.2, label=f'{labels[state]}, what arrives')
     edges = [e['grid_high'] for e in entries if e['grid_high']]
-    axis.axvline(math.log10(median(edges)), color=COLOURS['bad'], lw=0.8, ls=':',
-                 label='upper end of the grid (median)')
-    axis.set_xlabel('log10 of attention weight')
+    if edges:
+        axis.axvline(math.log10(median(edges)), color=COLOURS['bad'], lw=0.8, ls=':',
+                     label='largest level (median attention)')
+    axis.set_xlabel('log10 of attention weight (the first bar holds all below)')
     axis.set_ylabel('share of values (percent)')
     axis.legend(fontsize=8)
-    title(made, f'Attention weights: {100 * shares[0]:.1f}% are below 1e-8 in the float model, '
-          f'{100 * shares[1]:.1f}% in the quantized one')
+    gone = [e['zeroed'] for e in entries if e['zeroed'] is not None]
+    worst = max((e for e in entries if e['zeroed'] is not None), key=lambda e: e['zeroed'],
+                default=None)
+    title(made, 'Attention weights' + (
+        f': quantization makes {100 * median(gone):.0f}% of them zero (median attention), most '
+        f"{100 * worst['zeroed']:.0f}% in {short(worst['name'])}" if worst else ''))
     return made
 
 
-def ranges(entries, labels):
-    """Range of activations by role and layer, float against quantized, with the grid's ends."""
+def ranges(entries, levels, labels):
+    """Spread of activations by role and layer, float against quantized, under their grids.
+
+    Args:
+        entries (list[dict]): of `activations`.
+        levels (dict[str, Tensor | None]): by quantizer, see `grid`.
+        labels (dict[str, str]): what each state is called.
+    """
     found = {role: [e for e in entries if e['role'] == role] for role in ROLES if role != 'other'}
     found = {role: chosen for role, chosen in found.items() if chosen}
     if not found:
@@ -113,16 +123,33 @@ def ranges(entries, labels):
     for axis, (role, chosen) in zip(axes.flat, found.items()):
         for shift, key, state in ((-0.18, 'float_', 'float'), (0.18, '', 'quantized')):
             x = [i + shift for i in range(len(chosen))]
-            axis.vlines(x, [e[f'{key}low'] for e in chosen], [e[f'{key}high'] for e in chosen],
-                        color=COLOURS[state], lw=3 if state == 'quantized' else 1.4,
-                        label=labels[state])
-        for key in ('grid_low', 'grid_high'):
-            axis.plot(range(len(chosen)), [_or_nan(e[key]) for e in chosen], '_', ms=9,
-                      color=COLOURS['bad'], label='ends of the grid' if 'low' in key else None)
+            for low, high, width in (('low', 'high', 1.0), ('q1', 'q3', 3.2)):
+                axis.vlines(x, [e[key + low] for e in chosen], [e[key + high] for e in chosen],
+                            color=COLOURS[state], lw=width,
+                            label=f'{labels[state]}, half of the values thick' if low == 'q1'
+                            else None)
+        places, drawn = [], []
+        for i, entry in enumerate(chosen):
+            own = levels.get(entry['name'])
+            if own is not None:
+                own = own[entry['worst_group']]
+                own = own if len(own) <= _FEW else own[[0, -1]]
+                places += [i] * len(own)
+                drawn += own.tolist()
+        axis.plot(places, drawn, '_', ms=7, mew=0.7, color=COLOURS['bad'],
+                  label='levels of the grid (beyond 4 bits its ends)')
         axis.set_title(ROLES[role], fontsize=9)
         axis.set_xticks(range(len(chosen)), [_place(e['name']) for e in chosen], rotation=90,
                         fontsize=6.5)
         axis.set_ylabel('value (0.1% to 99.9%)', fontsize=8)
+        reach = [max(abs(e[k]) for k in ('float_low', 'float_high', 'low', 'high', 'grid_low',
+                                         'grid_high') if e[k] is not None) for e in chosen]
+        if max(reach) > _LONE * median(reach) > 0:  # one would leave no room for the others
+            axis.set_yscale('symlog', linthresh=median(reach))
+            lows = [e[k] for e in chosen for k in ('float_low', 'low', 'grid_low')
+                    if e[k] is not None]
+            axis.set_ylim(bottom=min(lows) - 0.1 * median(reach))
+            axis.set_ylabel(f'value; logarithmic beyond {median(reach):.1f}', fontsize=8)
     made.legend(*axes.flat[0].get_legend_handles_labels(), fontsize=7, ncols=3,
                 loc='outside lower right')
     for axis in axes.flat[len(found):]:
@@ -135,8 +162,12 @@ def ranges(entries, labels):
     return made
 
 
-def grids(entries, samples, levels):
-    """Distribution under the grid, for the noisiest layer of each role."""
+def grids(entries, samples, levels, labels):
+    """Distribution under the grid, for the noisiest layer of each role.
+
+    Where the grid is logarithmic so is the axis, of value plus shift: levels are equidistant
+    there, and its left end stands for zero and all below.
+    """
     worst = {}
     for entry in entries:
         if entry['sqnr_db'] is not None and levels.get(entry['name']) is not None:
@@ -149,23 +180,26 @@ def grids(entries, samples, levels):
     rows = -(-len(worst) // 2)
     made, axes = figure(0.7 + 2.2 * rows, rows, 2)
     for axis, (role, entry) in zip(axes.flat, worst.items()):
-        group = entry['worst_group']
+        group, shift = entry['worst_group'], entry['shift']
         steps = levels[entry['name']][group]
         floating, own = (_column(s, group) for s in samples[entry['name']])
-        low, high = tails(torch.cat([floating, own]))
-        low, high = min(low, steps.min().item()), max(high, steps.max().item())
-        if not low < high:
-            low, high = low - 1, high + 1
+        edges = _bins(steps, torch.cat([floating, own]), shift)
         for values, state in ((floating, 'float'), (own, 'quantized')):
-            counts, edges = torch.histogram(values.clamp(low, high), 60, range=(low, high))
+            values = (values + (shift or 0)).clamp(edges[0], edges[-1])
+            counts, _ = torch.histogram(values, edges)
             axis.stairs((100 * counts / counts.sum()).tolist(), edges.tolist(), lw=1.1,
                         color=COLOURS[state], ls='--' if state == 'float' else '-',
-                        label=f'{state} model')
-        axis.vlines(steps.tolist(), 0, 0.08, color=COLOURS['bad'], lw=0.9,
-                    transform=axis.get_xaxis_transform(), label='levels of the grid')
-        head = f', head {group}' if entry['scales'] > 1 and role in 'qkvsoftmax' else ''
+                        label=labels[state])
+        axis.vlines((steps + (shift or 0)).clamp(min=edges[0]).tolist(), 0, 0.08,
+                    color=COLOURS['bad'], lw=0.9, transform=axis.get_xaxis_transform(),
+                    label='levels of the grid')
+        if shift is not None:
+            axis.set_xscale('log')
+        axis.set_xlabel(f'value + {shift:g}' if shift else 'value', fontsize=7.5)
+        head = f', head {group}' if entry['scales'] > 1 and role in _BY_HEAD else ''
         axis.set_title(f"{ROLES[role]}: {short(entry['name'], 30)}{head}\n"
-                       f"{entry['bits']} bits, {entry['sqnr_db']:.1f} dB", fontsize=8)
+                       f"{entry['kind']}, {entry['bits']} bits, {entry['sqnr_db']:.1f} dB",
+                       fontsize=8)
         axis.set_yscale('log')
         axis.set_ylabel('share (percent)', fontsize=7.5)
     axes.flat[0].legend(fontsize=7)
@@ -175,6 +209,20 @@ def grids(entries, samples, levels):
     title(made, f"Activations under their grids, the noisiest of each role: lowest "
           f"{lowest['sqnr_db']:.1f} dB at {short(lowest['name'])}")
     return made
+
+
+def _bins(levels, values, shift, count=60):
+    """Edges of bins that hold the levels and most of the values; of powers for a log grid."""
+    low, _, _, high = quantiles(values)
+    low, high = min(low, levels.min().item()), max(high, levels.max().item())
+    if shift is not None:
+        powers = levels + shift
+        # a step below the smallest power, where values become zero, and one more
+        low = (powers[1]**3 / powers[2]**2).item()
+        return torch.logspace(math.log10(low), math.log10(high + shift), count + 1)
+    if not low < high:
+        low, high = low - 1, high + 1
+    return torch.linspace(low, high, count + 1)
 
 
 def local_errors(layers):

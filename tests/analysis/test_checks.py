@@ -69,6 +69,46 @@ def test_signals(name, good, bad, word):
     assert 'quantize_cfg.' in said[0]['advice'] or 'model.quant.' in said[0]['advice']
 
 
+def test_a_leaf_is_blamed_for_what_it_adds_itself():
+    """12 to 4 dB is an error share of 0.06 to 0.4: a layer of 15 dB adds 0.03, of 5 dB 0.32."""
+    found = dict(propagation=points(20, 16, 12, 4))
+    for db, blamed in ((15.0, False), (5.0, True)):
+        found['layers'] = [layer('backbone.stages.3.fc', db)]
+        said, = run_checks(dict(diagnostics=found))
+        assert said['name'] == 'error-grows'
+        assert ("exclude=['backbone.stages.3.fc']" in said['advice']) is blamed
+        assert ('SQNR falls from 12.0 dB to 4.0 dB at backbone.stages.3' in said['found']) is blamed
+        assert ('in 3 of 3 steps from block to block, from 20.0 dB to 4.0 dB' in said['found']
+                ) is not blamed
+
+
+def test_growth_ends_behind_the_blocks():
+    """A classifier's head counts, and a jump from its stem into the first block is no step."""
+    chain = points(40, 10, 9, 8, 7.5, 2.5)
+    chain[0]['block'] = chain[-1]['block'] = None
+    head = [layer('backbone.stages.5', 15.0)]
+    said = [c['found'] for c in run_checks(dict(diagnostics=dict(propagation=chain, layers=head)))]
+    assert said == ['SQNR falls from 40.0 dB to 10.0 dB at backbone.stages.1',
+                    'SQNR falls in 4 of 4 steps from block to block, from 10.0 dB to 2.5 dB']
+
+
+def test_early_error_is_told_from_where_it_comes():
+    """9 dB behind stages.1 is a share of 0.13, of 0.17 at 7.7 dB behind stages.2."""
+    said, = run_checks(dict(diagnostics=dict(propagation=points(14, 9, 7.7, *[7.6] * 9))))
+    assert said['name'] == 'early-layers-low-sqnr' and 'backbone.stages.2 leaves' in said['found']
+    assert "pattern='backbone.stages.1*'" in said['advice']
+
+
+def test_what_has_8_bits_is_not_given_8():
+    weak = [*(layer(f's.{i}.fc', 30.0) for i in range(3)), layer('s.9.fc', 2.0)]
+    for bits, advised in ((8, False), (4, True)):
+        weak[-1].update(weight_bits=bits, activation_bits=bits)
+        said, = run_checks(dict(diagnostics=dict(layers=weak)))
+        assert ("overrides=[dict(pattern='s.9.fc', weight_bits=8, activation_bits=8)]"
+                in said['advice']) is advised
+        assert "model.quant.exclude=['s.9.fc']" in said['advice']
+
+
 @pytest.mark.parametrize('name, good, bad, word', [
     ('units-all-restored', dict(units=[unit(True), unit(False), unit(False, 'stage')]),
      dict(units=[unit(False), unit(False), unit(True, 'stage')]), "2 of level 'leaf' in backbone"),

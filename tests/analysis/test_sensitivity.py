@@ -6,11 +6,13 @@ import pytest
 import torch
 from demo_runs import QUICK, W4A4, arguments
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from tiny_models import calibrated
 
 from pfcr_mm.analysis.cli import sensitivity_main
 from pfcr_mm.analysis.propagation import common_boxes
 from pfcr_mm.analysis.sensitivity import (
+    Entry,
     groups_of,
     outputs,
     quantized_only,
@@ -69,6 +71,18 @@ def test_the_weak_layer_ranks_first(pair, images):
     assert QuantConfig.from_dict(dict(exclude=exclude)).skip_reason(WEAK)
 
 
+def test_a_suggestion_by_ap():
+    """5 points lost in all: b alone makes 3. Where nothing lost AP, error decides."""
+    entries = [Entry('a', ['a'], 9.0, None, None, -0.01), Entry('b', ['b1', 'b2'], 0.1, None, None,
+               0.03), Entry('c', ['c'], 0.2, None, None, 0.02)]
+    text = suggestion(entries)
+    assert '2 layers that make 60% of the AP lost' in text
+    assert "'b1'" in text and "'b2'" in text and "'a'" not in text and "'c'" not in text
+    for entry in entries:
+        entry.lost = 0.0
+    assert '1 layers that make 97% of the error' in suggestion(entries)
+
+
 def test_modules_come_back_after_an_error(pair):
     twin, model = pair
     own = twin.get_submodule(WEAK)
@@ -86,16 +100,22 @@ def test_all_layers_together_are_the_quantized_model(pair, images):
     assert relative_error(outputs(model, images[:1], boxes), mixed) == 0
 
 
-def test_the_tool(tiny_run, tmp_path, capsys):
-    """By AP on a subset, blocks; and its suggestion in a config."""
+def test_the_tool(tiny_run, tmp_path, monkeypatch):
+    """By AP on a subset, stages; and its suggestion in a config."""
+    measured, process = [], Evaluator.process
+    monkeypatch.setattr(Evaluator, 'process', lambda self, data_samples, **more: (
+        measured.extend(data_samples), process(self, data_samples=data_samples, **more)))
     options = (*tiny_run.options, *QUICK)
     args = arguments(W4A4, tiny_run.checkpoint, tmp_path, options)
     assert sensitivity_main([*args[:2], '--level', 'stage', '--by', 'ap', '--images', '3',
                              *args[2:]]) == 0
+    assert len(measured) == 3 * (1 + 4)  # the float model, each stage
     found = json.loads((tmp_path / 'sensitivity.json').read_text())
     assert {e['name'] for e in found['entries']} == {
         f'backbone.stages.{i}' for i in range(4)}
     assert all(0 <= e['metrics']['bbox_mAP'] <= 1 and e['error'] > 0 for e in found['entries'])
+    lost = [e['lost'] for e in found['entries']]
+    assert lost == sorted(lost, reverse=True)
     assert (tmp_path / 'sensitivity.png').read_bytes()[:4] == b'\x89PNG'
     cfg = Config.fromfile(W4A4)
     cfg.merge_from_dict(dict(Config.fromfile(tmp_path / 'sensitivity_overrides.py')))

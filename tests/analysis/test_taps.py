@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from pfcr_mm.analysis.activations import _against_grid, clipped_share, tails
+from pfcr_mm.analysis.activations import _against_grid, clipped_share, quantiles
 from pfcr_mm.analysis.taps import Taps, entropy, grid
 from pfcr_mm.modules import quantizers_of
 from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
@@ -59,13 +59,32 @@ def test_clipped_share():
     levels = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     values = torch.tensor([[-1.1], [-0.9], [0.0], [3.9], [4.1]])
     assert clipped_share(values, levels) == pytest.approx(0.4)  # -1.1 and 4.1
-    logarithmic = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
-    assert clipped_share(torch.tensor([[0.0], [1.0], [1.9], [2.1]]), logarithmic, True) == 0.25
+    powers = torch.tensor([[0.0, 0.25, 0.5, 1.0]])
+    assert clipped_share(torch.tensor([[0.0], [1.0], [1.9], [2.1]]), powers, 0.0) == 0.25
 
 
-def test_tails_leave_out_what_is_no_number():
-    low, high = tails(torch.tensor([[float('nan')], [1.0], [2.0], [float('inf')]]))
-    assert (low, high) == pytest.approx((1.001, 1.999))
+def test_clipped_share_of_a_shifted_grid():
+    """One step above is twice the largest power, 2 - 0.17; below it ends at -0.17."""
+    adalog = build_quantizer(QuantizerSpec(kind='adalog', bits=2, shift=0.17))
+    adalog.set_grid(torch.ones(1), torch.ones(1))
+    assert torch.allclose(grid(adalog), torch.tensor([[0.0, 0.25, 0.5, 1.0]]) - 0.17)
+    values = torch.tensor([[-0.5], [-0.17], [0.0], [0.9], [1.8], [1.9]])  # -0.5 and 1.9
+    facts = _against_grid(adalog, values)
+    assert facts['clipped'] == pytest.approx(2 / 6)
+    assert (facts['grid_low'], facts['grid_high']) == pytest.approx((-0.17, 0.83))
+    assert facts['zeroed'] == 0  # 0 lies between levels: it becomes 0.08
+
+
+def test_share_that_becomes_zero():
+    log = build_quantizer(QuantizerSpec(kind='log2', bits=2))
+    log.set_scale(torch.ones(1))  # 0, 1/4, 1/2, 1; zero takes what is a step below 1/4
+    values = torch.tensor([[0.0], [0.12], [0.13], [1.0]])
+    assert _against_grid(log, values)['zeroed'] == 0.5
+
+
+def test_quantiles_leave_out_what_is_no_number():
+    found = quantiles(torch.tensor([[float('nan')], [1.0], [2.0], [float('inf')]]))
+    assert found == pytest.approx([1.001, 1.25, 1.75, 1.999])
 
 
 def test_taps_see_and_leave(quantized, images):

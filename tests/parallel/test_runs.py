@@ -10,6 +10,7 @@ import torch
 from demo_runs import W4A4, arguments
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from pages import Page
 
 from pfcr_mm import cli, parallel
 from pfcr_mm.engine.resume import RunCheckpoints
@@ -63,7 +64,7 @@ def quick(tmp_path_factory):
         'quantize_cfg.head_levels=[chain]', 'quantize_cfg.reconstruction.iters=3',
         'quantize_cfg.reconstruction.keep_prob=0.5', 'quantize_cfg.reconstruction.input_mix=0.5',
         'quantize_cfg.reconstruction.batch_size=3', 'quantize_cfg.cache_dtype=None',
-        'quantize_cfg.evaluate.float=False', 'quantize_cfg.evaluate.calibrated=False']
+        'quantize_cfg.evaluate.float=False']
 
     def build(work_dir, *flags, extra=(), harm=None):
         config = W4A4
@@ -101,6 +102,20 @@ def alone(quick, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module')
+def two(quick, tmp_path_factory):
+    """The work dir of the run in two processes, and what each has printed."""
+    base = tmp_path_factory.mktemp('two')
+    group = ranks.Ranks(
+        2, lambda rank: cli.quant_main([*quick(base / 'run'), '--launcher', 'pytorch']),
+        base / 'printed')
+    try:
+        assert group.wait(600) == [0, 0], group.errors()
+    finally:
+        group.kill()
+    return base / 'run', [(group.folder / f'out.{rank}').read_text() for rank in (0, 1)]
+
+
 def report_of(folder):
     return json.loads((folder / 'report.json').read_text())
 
@@ -123,16 +138,41 @@ def check_alike(folder, alone):
             assert torch.allclose(value, states[1][key], rtol=1e-3, atol=1e-4), key
 
 
-def test_two_processes_are_as_good_as_one(quick, alone, quantize, tmp_path):
-    group = quantize(2, quick(tmp_path / 'run'))
-    assert group.wait(300) == [0, 0], group.errors()
-    check_alike(tmp_path / 'run', alone)
-    assert report_of(tmp_path / 'run')['processes'] == 2
-    printed = [(group.folder / f'out.{rank}').read_text() for rank in (0, 1)]
+def test_two_processes_are_as_good_as_one(alone, two):
+    folder, printed = two
+    check_alike(folder, alone)
+    assert report_of(folder)['processes'] == 2
     assert 'Result' in printed[0] and 'Result' not in printed[1]
-    left = [{p.name for p in folder.iterdir() if not p.name.startswith('20')}  # but the logs
-            for folder in (alone, tmp_path / 'run')]
-    assert left[0] == left[1]
+    left = [{p.name for p in f.iterdir() if not p.name.startswith('20')}  # but the logs
+            for f in (alone, folder)]
+    assert left[0] == left[1] >= {'report.html', 'report.json', 'calibrated.pth'}
+
+
+def test_two_processes_write_one_report(alone, two):
+    """The first compares the models, as a single process does; the page has its numbers."""
+    folder, printed = two
+    assert [text.count('report.html in ') for text in printed] == [1, 0], printed
+    own, report = (report_of(f)['diagnostics'] for f in (alone, folder))
+    for key, names in (('propagation', ('part', 'name')), ('activations', ('name', 'kind')),
+                       ('layers', ('name', )), ('attention', ('name', 'head')),
+                       ('disagreements', ('image', ))):
+        one, many = (sorted([e[n] for n in names] for e in found[key]) for found in (own, report))
+        assert one == many and one, key
+    for state in ('calibrated', 'quantized'):
+        values = [[p[state] for p in found['propagation']] for found in (own, report)]
+        assert values[1] == pytest.approx(values[0], abs=0.01)  # dB
+    assert [e['sqnr_db'] for e in report['layers']] == pytest.approx(
+        [e['sqnr_db'] for e in own['layers']], abs=0.01)
+    assert [h['entropy'] for h in report['attention']] == pytest.approx(
+        [h['entropy'] for h in own['attention']], abs=0.01)
+
+    page = Page(folder / 'report.html')
+    assert page.column('points', 4) == [p['quantized'] for p in report['propagation']]
+    assert page.column('layers-all', 7) == [e['sqnr_db'] for e in report['layers']]
+    assert page.column('results', 1) == [
+        report_of(folder)[state]['bbox_mAP'] for state in ('calibrated', 'quantized')]
+    assert page.checks == [c['name'] for c in report_of(folder)['checks']]
+    assert len(page.images) == len(list((folder / 'report_figures').iterdir())) >= 10
 
 
 def test_a_killed_process_and_on_with_two(quick, alone, quantize, tmp_path):

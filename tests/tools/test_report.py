@@ -3,13 +3,13 @@ import json
 import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import pytest
 import torch
 from demo_runs import W4A4
 from mmengine.config import Config
+from pages import Page
 
 from pfcr_mm.analysis import DiagnosticsHook
 from pfcr_mm.analysis.cli import report_main
@@ -17,49 +17,6 @@ from pfcr_mm.engine.resume import FIGURES
 
 TITLES = ('Result', 'Reconstruction', 'Error propagation', 'Attention', 'Activations', 'Weights',
           'Detections', 'Every layer')
-
-
-class Page(HTMLParser):
-    """Sections, tables (text and value of each cell), images and checks of a page."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.text, self.titles, self.tables, self.images, self.checks = '', [], {}, [], []
-        self.scripts = []
-        self._tag = self._table = None
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self._tag = tag
-        if tag == 'table':
-            self._table = self.tables.setdefault(attributes['id'], [])
-        elif tag == 'tr':
-            self._row = []
-        elif tag == 'td':
-            self._row.append(['', attributes.get('data-v')])
-        elif tag == 'img':
-            self.images.append(attributes['src'])
-        elif tag in ('script', 'link'):
-            self.scripts.append(attributes)
-        if 'data-check' in attributes:
-            self.checks.append(attributes['data-check'])
-
-    def handle_endtag(self, tag):
-        if tag == 'tr' and self._row:
-            self._table.append(self._row)
-        self._tag = None
-
-    def handle_data(self, data):
-        self.text += data
-        if self._tag == 'td':
-            self._row[-1][0] += data
-        elif self._tag == 'h2':
-            self.titles.append(data)
-
-    def column(self, table, index):
-        """Values of a column, as numbers; None where not known."""
-        return [float(row[index][1]) if row[index][1] else None for row in self.tables[table]]
 
 
 def report_of(folder):
@@ -110,8 +67,9 @@ def test_numbers_are_those_of_report_json(tiny_run):
     assert page.column('points', 3) == [p['calibrated'] for p in found['propagation']]
     assert None not in page.column('points', 3)
     assert page.column('heads', 3) == [h['entropy'] for h in found['attention']]
-    assert page.column('activations-all', 12) == [a['sqnr_db'] for a in found['activations']]
-    assert page.column('layers-all', 6) == [x['sqnr_db'] for x in found['layers']]
+    assert page.column('activations-all', 16) == [a['sqnr_db'] for a in found['activations']]
+    assert page.column('activations-all', 14) == [a['clipped'] for a in found['activations']]
+    assert page.column('layers-all', 7) == [x['sqnr_db'] for x in found['layers']]
     assert page.column('phases', 1) == [p['seconds'] for p in report['phases'].values()]
     assert page.checks == [c['name'] for c in report['checks']]
     assert 'few-calibration-images' in page.checks
