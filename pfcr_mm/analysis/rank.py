@@ -1,6 +1,7 @@
 """tools/sensitivity.py: calibrate, rank, write."""
 import io
 import json
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -55,13 +56,16 @@ def rank(cfg, level, by_ap=False, count=None, bits=8):
     data = finite(dict(level=level, images=len(images), metric=metric, entries=as_data(entries)))
     write_atomically(folder / 'sensitivity.json', json.dumps(data, indent=1) + '\n')
     write_atomically(folder / 'sensitivity.png', png(plot(entries, level, metric)))
-    write_atomically(folder / 'sensitivity_overrides.py', suggestion(entries, bits))
+    base = os.path.relpath(os.path.abspath(cfg.filename), os.path.abspath(folder))
+    write_atomically(folder / 'sensitivity_overrides.py', suggestion(
+        entries, base, cfg.model.get('quant'), bits))
     for entry in entries[:SHOWN]:
         measured = (f', {metric} {100 * entry.metrics[metric]:.1f}% ({-100 * entry.lost:+.1f})'
                     if metric else '')
         lost = 'nothing lost' if entry.sqnr_db is None else f'{entry.sqnr_db:6.1f} dB'
         print(f'{lost}{measured}  {entry.name}')
-    print(f'Wrote {folder}/sensitivity.json, .png and sensitivity_overrides.py (a config)')
+    print(f'Wrote {folder}/sensitivity.json, .png and sensitivity_overrides.py (a config for '
+          'tools/quant.py)')
     return entries
 
 

@@ -142,19 +142,22 @@ def relative_error(reference, values):
     return sum(ratios) / max(1, len(ratios))
 
 
-def suggestion(entries, bits=8, share=SHARE):
-    """What a config may take, as it is: the layers that make `share` of what all lose.
+def suggestion(entries, base, quant=None, bits=8, share=SHARE):
+    """A config with more bits for the layers that make `share` of what all lose.
 
     That is AP where it was measured and something has lost some, else error.
 
     Args:
         entries (list[Entry]): of `sensitivity`.
+        base (str): path of the config that was looked at, from where this one will be.
+        quant (dict | None): its `model.quant`: what it has of its own stays.
         bits (int): to give them.
         share (float): 0 to 1.
 
     Returns:
-        str: a config, with the bit assignment; the exclude list is in its comment.
+        str: a config on top of `base`; the same as an exclude list is in its comment.
     """
+    quant = quant or {}
     by_ap = any((e.lost or 0.0) > 0 for e in entries)
     losses = [(max(0.0, e.lost) if by_ap else e.error, e) for e in entries]
     total, so_far, names = sum(loss for loss, _ in losses), 0.0, []
@@ -165,9 +168,10 @@ def suggestion(entries, bits=8, share=SHARE):
         names += [name for name in entry.layers if name not in names]
     lines = [f'# {len(names)} layers that make {100 * so_far / total if total else 0:.0f}% of the '
              f"{'AP lost' if by_ap else 'error'}, summed over all, each quantized alone.",
-             '# Put this file into _base_ of a config, or copy what is in it. To leave them float:',
-             f'# model = dict(quant=dict(exclude={names!r}))',
-             'model = dict(quant=dict(overrides=[']
+             '# A config as it is: tools/quant.py THIS_FILE. To leave them float instead:',
+             f"# model = dict(quant=dict(exclude={[*quant.get('exclude', ()), *names]!r}))",
+             f'_base_ = {base!r}', 'model = dict(quant=dict(overrides=[',
+             *(f'    {dict(override)!r},' for override in quant.get('overrides', ()))]
     lines += [f'    dict(pattern={name!r}, weight_bits={bits}, activation_bits={bits}),'
               for name in names]
     return '\n'.join([*lines, ']))', ''])

@@ -20,6 +20,7 @@ from pfcr_mm.analysis.sensitivity import (
     sensitivity,
     suggestion,
 )
+from pfcr_mm.cli import quant_main
 from pfcr_mm.models import QuantConfig
 from pfcr_mm.modules import QuantLayer, QuantMatmul, set_quantization
 
@@ -62,7 +63,7 @@ def test_the_weak_layer_ranks_first(pair, images):
     entries = sensitivity(twin, model, images[:1], 'leaf')
     assert WEAK in entries[0].layers and entries[0].error > 2 * entries[1].error
     assert {n: id(m) for n, m in twin.named_modules()} == before
-    text = suggestion(entries[:1] + entries[-1:], bits=6)
+    text = suggestion(entries[:1] + entries[-1:], 'a.py', bits=6)
     scope = {}
     exec(text, scope)
     quant = QuantConfig.from_dict(scope['model']['quant'])
@@ -75,12 +76,12 @@ def test_a_suggestion_by_ap():
     """5 points lost in all: b alone makes 3. Where nothing lost AP, error decides."""
     entries = [Entry('a', ['a'], 9.0, None, None, -0.01), Entry('b', ['b1', 'b2'], 0.1, None, None,
                0.03), Entry('c', ['c'], 0.2, None, None, 0.02)]
-    text = suggestion(entries)
+    text = suggestion(entries, 'a.py')
     assert '2 layers that make 60% of the AP lost' in text
     assert "'b1'" in text and "'b2'" in text and "'a'" not in text and "'c'" not in text
     for entry in entries:
         entry.lost = 0.0
-    assert '1 layers that make 97% of the error' in suggestion(entries)
+    assert '1 layers that make 97% of the error' in suggestion(entries, 'a.py')
 
 
 def test_modules_come_back_after_an_error(pair):
@@ -117,9 +118,21 @@ def test_the_tool(tiny_run, tmp_path, monkeypatch):
     lost = [e['lost'] for e in found['entries']]
     assert lost == sorted(lost, reverse=True)
     assert (tmp_path / 'sensitivity.png').read_bytes()[:4] == b'\x89PNG'
-    cfg = Config.fromfile(W4A4)
-    cfg.merge_from_dict(dict(Config.fromfile(tmp_path / 'sensitivity_overrides.py')))
-    assert cfg.model.quant.overrides[0].pattern.startswith('backbone.stages.')
+    suggested = tmp_path / 'sensitivity_overrides.py'
+    quant = Config.fromfile(suggested).model.quant
+    assert quant.overrides[0].pattern.startswith('backbone.stages.')
+    assert quant.weight_bits == 4  # the rest is that of the config
+    assert quant_main([*arguments(suggested, tiny_run.checkpoint, tmp_path, options),
+                       '--dry-run']) == 0
+
+
+def test_a_suggestion_keeps_what_the_config_has():
+    own = dict(exclude=['neck*'], overrides=[dict(pattern='rpn*', weight_bits=6)])
+    text = suggestion([Entry('a', ['a'], 1.0, 0.0)], '../a.py', own)
+    assert "exclude=['neck*', 'a']" in text and "_base_ = '../a.py'" in text
+    scope = {}
+    exec(text, scope)
+    assert [o['pattern'] for o in scope['model']['quant']['overrides']] == ['rpn*', 'a']
 
 
 @pytest.mark.parametrize('more, word', [
