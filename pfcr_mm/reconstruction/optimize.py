@@ -24,7 +24,8 @@ class UnitConfig:
     Args:
         iters (int): optimisation steps.
         batch_size (int): images a step.
-        weight_lr (float): Adam rate of latent weights.
+        weight_lr (float): Adam rate of latent weights of up to 4 bits; those of more bits have
+            it in proportion to their step.
         adaround_lr (float): Adam rate of AdaRound variables.
         scale_lr (float): rate of activation scales, relative to the scale.
         weight_scale_lr (float): rate of weight scales, relative; 0 keeps them.
@@ -265,6 +266,14 @@ def _undone_on_error(modules, saved):
         raise
 
 
+def step_share(bits):
+    """Step of a weight's grid as a share of that of 4 bits, at most 1.
+
+    A rate that turns the roundings of 4-bit weights moves those of 8 bits a step an iteration.
+    """
+    return min(1.0, 15 / (2**bits - 1))
+
+
 class LearnedParameters:
     """The parameters a unit learns, with their optimiser, as a context manager.
 
@@ -289,7 +298,7 @@ class LearnedParameters:
         for layer in (m for root in roots for m in root.modules()):
             if isinstance(layer, QuantLayer):
                 if self.learn_weights == 'float' or layer.rounding.learns_weight:
-                    add(layer.weight, config.weight_lr)
+                    add(layer.weight, config.weight_lr * step_share(layer.weight_quantizer.bits))
                     self.clipped.append(layer.weight)
                 if self.learn_weights != 'float' and layer.weight_quantizer.enabled:
                     own = layer.rounding.open(layer.weight, layer.weight_quantizer)

@@ -193,6 +193,23 @@ def test_a_unit_changes_its_own_leaves_only():
     assert changed == {2, 3}
 
 
+@pytest.mark.parametrize('bits, share', [(2, 1), (4, 1), (6, 15 / 63), (8, 15 / 255)])
+@pytest.mark.parametrize('learns', ['rounding', 'float'])
+def test_fine_weights_have_small_rates(bits, share, learns):
+    """8-bit weights would move a step an iteration at the rate of 4-bit ones."""
+    layers = nn.ModuleDict(dict(fine=nn.Linear(4, 4), coarse=nn.Linear(4, 4)))
+    convert(layers, QuantConfig(weight_bits=4, first_last_bits=None, overrides=[
+        dict(pattern='fine', weight_bits=bits)]))
+    for layer in layers.values():
+        layer.weight_quantizer.set_scale(torch.ones(4))
+    with LearnedParameters([layers], QUICK, learns) as learned:
+        rates = {parameter: group['base_lr'] for group in learned.optimizer.param_groups
+                 for parameter in group['params']}
+        assert rates[layers.fine.weight] == pytest.approx(share * QUICK.weight_lr)
+        assert rates[layers.coarse.weight] == QUICK.weight_lr
+        assert rates[layers.fine.bias] == QUICK.bias_lr
+
+
 def test_learned_parameters_close_on_an_error():
     model, _, _ = toy('adaround')
     chain = chain_of(model)
