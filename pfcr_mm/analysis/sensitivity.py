@@ -178,21 +178,17 @@ def suggestion(entries, base, quant=None, bits=8, share=SHARE):
 
 
 def plot(entries, level, metric=None, shown=30):
-    """The most sensitive as bars: error (dB), or AP where it was measured."""
+    """The most sensitive as bars: error (dB), or AP lost where it was measured."""
     top = entries[:shown]
     made, ((axis, ), ) = figure(1.0 + 0.2 * len(top))
-    values = [100 * e.metrics[metric] if metric else
+    values = [100 * e.lost if metric else
               (FLOOR if e.sqnr_db is None else e.sqnr_db) for e in top]
     axis.barh(range(len(top)), values, color=COLOURS['quantized'])
     axis.set_yticks(range(len(top)), [short(e.name, 44) for e in top], fontsize=7.5)
     axis.invert_yaxis()
     for row, value in enumerate(values):
-        axis.text(value, row, f' {value:.1f}', va='center', fontsize=7)
-    if metric:
-        axis.axvline(100 * (top[0].metrics[metric] + top[0].lost), color=COLOURS['float'], lw=1,
-                     ls='--', label='float model')
-        axis.legend(fontsize=8, loc='lower left')
-    axis.set_xlabel(f'{metric} on the images (percent), only this quantized' if metric else
+        axis.text(max(value, 0) if metric else value, row, f' {value:.1f}', va='center', fontsize=7)
+    axis.set_xlabel(f'{metric} lost on the images (points), only this quantized' if metric else
                     "SQNR of the parts' outputs (dB), only this quantized: shorter is worse")
     title(made, f'Most sensitive {level}: {short(top[0].name, 44)}; '
           f'the {len(top)} worst of {len(entries)}')
