@@ -10,7 +10,7 @@ import types
 import torch
 
 from ..modules import QuantLayer, quantizers_of
-from ..quantizers import AdaLogQuantizer, AdaRound, LogQuantizer, functional
+from ..quantizers import AdaRound, LogQuantizer, functional
 
 
 def straight_twin(model):
@@ -63,9 +63,7 @@ def _uniform_fake_quantize(self, x):
 
 
 def _log_fake_quantize(self, x):
-    steps = self.steps_per_octave
-    if isinstance(self, AdaLogQuantizer):
-        steps = self.spread(steps, x)
+    steps = self.known_steps or self.spread(self.steps_per_octave, x)
     return logarithmic(x + self.spec.shift, self.spread(self.scale, x), self.spec.bits, steps,
                        self.spec.zero_below) - self.spec.shift
 

@@ -40,7 +40,15 @@ def blocks(tensors, scales):
 
 
 def between(grad, x, low, high, out):
-    """`grad` where low < x < high, else 0 (also where it is no number there), in one pass."""
+    """`grad` where low < x < high, else 0 (also where it is no number there).
+
+    The lower end may be a tensor. One pass where it is one number throughout, and can be read
+    without waiting for a GPU.
+    """
+    if torch.is_tensor(low):
+        if low.device.type != 'cpu' or (low != low.view(-1)[0]).any():
+            return torch.mul(grad, (x > low) & (x < high), out=out)
+        low = low.view(-1)[0].item()
     return torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=out)
 
 

@@ -120,53 +120,26 @@ def log_decode(codes, scale, bits, steps_per_octave, zero_below):
 
 
 class LogFakeQuantize(torch.autograd.Function):
-    """x -> decode(encode(x)) on a logarithmic grid, for x >= 0.
+    """x -> decode(encode(x + shift)) - shift on a logarithmic grid, for x >= -shift.
 
-    Inside the grid d x_hat / dx = x_hat / x, and the two ways the scale enters
-    cancel; where x is above the scale or saturates, only the scale gets a gradient.
+    Inside the grid d x_hat / dx = x_hat / x (both shifted), and the two ways the scale enters
+    cancel; where x is above the scale or saturates, only the scale gets a gradient. Steps an
+    octave are a number, or a tensor shaped like the scale, and fixed.
     """
 
     @staticmethod
-    def forward(ctx, x, scale, bits, steps_per_octave, zero_below):
-        grid = bits, steps_per_octave, zero_below
-        if steps_per_octave <= 2 and bits <= 6 and x.dtype in _EXPONENTS:
-            values = dense_like(x)
-            for x_, out, s in blocks((x, values), (scale, )):
-                _log_by_exponent(x_, s, *grid, out)
-        else:
-            values = log_decode(log_encode(x, scale, *grid), scale, *grid)
-        ctx.save_for_backward(x, scale, values)
-        ctx.smallest = 2.0**(-(2**bits - 1 - zero_below) / steps_per_octave)
-        return values
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, scale, values = ctx.saved_tensors
-        grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
-        least = max(ctx.smallest, torch.finfo(x.dtype).tiny)
-        # a little beyond both ends, which themselves are inside
-        ends = ctx.smallest * (1 - 1e-6), 1 + 1e-6
-        for g, x_, v, gx, s, gs in blocks((grad, x, values, grad_x), (scale, grad_scale)):
-            ratio, product = x_.clamp(min=_TINY).div_(s), g * v
-            between(product, ratio, *ends, out=gx)
-            if ctx.needs_input_grad[1]:
-                gs.add_(product.sub_(gx).sum_to_size(gs.shape))
-            gx.div_(ratio.clamp_(min=least).mul_(s))
-        return grad_x, grad_scale.div_(scale), None, None, None
-
-
-class AdaLogFakeQuantize(torch.autograd.Function):
-    """x -> decode(encode(x + shift)) - shift on a logarithmic grid of any base, for x >= -shift.
-
-    Gradients as in `LogFakeQuantize`. Steps an octave are shaped like the scale and fixed.
-    """
-
-    @staticmethod
-    def forward(ctx, x, scale, steps, bits, zero_below, shift):
+    def forward(ctx, x, scale, bits, steps_per_octave, zero_below, shift=0.0):
+        by_exponent = (not torch.is_tensor(steps_per_octave) and steps_per_octave in (1, 2)
+                       and bits <= 6 and x.dtype in _EXPONENTS)
+        steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
         values = dense_like(x)
         for x_, out, s, r in blocks((x, values), (scale, steps)):
-            codes = log_encode(x_ + shift, s, bits, r, zero_below)
-            torch.sub(log_decode(codes, s, bits, r, zero_below), shift, out=out)
+            if by_exponent:
+                _log_by_exponent(x_ + shift, s, bits, steps_per_octave, zero_below, out)
+            else:
+                codes = log_encode(x_ + shift, s, bits, r, zero_below)
+                out.copy_(log_decode(codes, s, bits, r, zero_below))
+            out.sub_(shift)
         ctx.save_for_backward(x, scale, steps, values)
         ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift
         return values
@@ -181,7 +154,7 @@ class AdaLogFakeQuantize(torch.autograd.Function):
             product = (v + ctx.shift).mul_(g)
             # a little beyond both ends, which themselves are inside
             smallest = torch.exp2(-ctx.last / r) * (1 - 1e-6)
-            torch.mul(product, (ratio >= smallest) & (ratio <= 1 + 1e-6), out=gx)
+            between(product, ratio, smallest, 1 + 1e-6, out=gx)
             if ctx.needs_input_grad[1]:
                 gs.add_(product.sub_(gx).sum_to_size(gs.shape))
             gx.div_(ratio.mul_(s))
@@ -198,11 +171,11 @@ def _log_by_exponent(x, scale, bits, steps_per_octave, zero_below, out):
 
     A number with its mantissa cleared is the power of two below it; so round to nearest
     is that of sqrt(2) * x. For two steps an octave the same is done to the square. Bits are
-    6 at most, so that no square is too small.
+    6 at most, so that no square is too small. Overwrites `x`.
     """
     integer, mask = _EXPONENTS[x.dtype]
     last, shift = 2**bits - 1, 2.0**0.5
-    ratio = x.clamp(min=_TINY).div_(scale)
+    ratio = x.clamp_(min=_TINY).div_(scale)
     if steps_per_octave == 2:
         ratio.clamp_(min=2.0**-40).square_()
     ratio.mul_(shift)

@@ -44,55 +44,67 @@ def search_range(samples, spec, method='mse', minmax=None):
     return _best_range(samples, spec, [(low, high * f) for f in steps])[2:]
 
 
-def search_log_scale(samples, spec, steps_per_octave, minmax=None):
-    """Scale of a logarithmic quantizer by mean squared error, shape (groups,)."""
-    top = (minmax[1] if minmax is not None else samples.amax(1)).clamp(min=1e-8)
-    best_error = torch.full_like(top, torch.inf)
-    best = top
-    for step in range(33):  # down to a sixteenth of the largest value
-        scale = top * 2.0**(-step / 8)
-        column = scale[:, None]
-        codes = F.log_encode(samples, column, spec.bits, steps_per_octave, spec.zero_below)
-        values = F.log_decode(codes, column, spec.bits, steps_per_octave, spec.zero_below)
-        error = (values - samples).square().mean(1)
-        best = torch.where(error < best_error, scale, best)
-        best_error = torch.minimum(error, best_error)
-    return best
-
-
-def search_log_grid(samples, spec, minmax=None):
+def search_log_grid(samples, spec, steps_per_octave=None, minmax=None):
     """Scale and steps an octave of a logarithmic quantizer, by mean squared error.
 
     Args:
         samples (Tensor): (groups, n), not negative.
+        steps_per_octave (float | None): None searches them too.
         minmax (tuple[Tensor] | None): true extremes (groups,).
 
     Returns:
         tuple[Tensor, Tensor]: scale and steps an octave, each (groups,).
     """
     top = (minmax[1] if minmax is not None else samples.amax(1)).clamp(min=1e-8)
-    best_error = torch.full_like(top, torch.inf)
-    best = (top, torch.ones_like(top))
-    for scale, steps in _log_grids(top, spec):
-        values = _on_log_grid(samples, scale[:, None], steps, spec)
-        error = (values - samples).square().mean(1)
-        better = error < best_error
-        best = torch.where(better, scale, best[0]), torch.where(better, steps, best[1])
-        best_error = torch.minimum(error, best_error)
-    return best
+
+    def error(scale, steps):
+        values = _on_log_grid(samples, scale[:, None], steps[:, None], spec)
+        return (values - samples).square().mean(1)
+
+    return _best_of(_log_grids(top, spec, steps_per_octave), error)
 
 
-def _log_grids(top, spec):
-    """Candidates (scale like `top`, steps an octave): down to a 64th, over 1 to 16 octaves."""
+def _log_grids(top, spec, steps_per_octave):
+    """Candidates (scale, steps an octave), both like `top`.
+
+    Where steps are given, scales go down to a 16th of `top`; else to a 64th, with less
+    between them, and levels over 1 to 16 octaves.
+    """
+    if steps_per_octave is not None:
+        return [(top * 2.0**(-step / 8), torch.full_like(top, steps_per_octave))
+                for step in range(33)]
     intervals = 2**spec.bits - 1 - spec.zero_below
-    for step in range(13):
-        for octaves in torch.linspace(0, 4, 17).exp2().tolist():
-            yield top * 2.0**(-step / 2), intervals / octaves
+    return [(top * 2.0**(-step / 2), torch.full_like(top, intervals / octaves))
+            for step in range(13) for octaves in torch.linspace(0, 4, 17).exp2().tolist()]
 
 
 def _on_log_grid(samples, scale, steps, spec):
     codes = F.log_encode(samples, scale, spec.bits, steps, spec.zero_below)
     return F.log_decode(codes, scale, spec.bits, steps, spec.zero_below)
+
+
+def _on_uniform_grid(samples, scale, zero_point, spec):
+    codes = F.uniform_encode(
+        samples, scale, zero_point, *F.uniform_code_range(spec.bits, spec.symmetric))
+    return F.uniform_decode(codes, scale, zero_point)
+
+
+def _best_of(candidates, cost_of):
+    """Of `candidates` the one of least cost, for each element; of equals the first.
+
+    Args:
+        candidates (Iterable[tuple[Tensor]]): tensors (groups,).
+        cost_of (callable): takes a candidate's tensors, gives costs (groups,).
+    """
+    best = None
+    for candidate in candidates:
+        cost = cost_of(*candidate)
+        if best is None:
+            best, least = candidate, torch.full_like(cost, torch.inf)
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best))
+    return best
 
 
 def quantile_range(samples, p):
@@ -125,30 +137,28 @@ def refine_weight(weight, scale, zero_point, spec, inputs, groups=None):
         tuple[Tensor, Tensor]: scale and zero point, (groups,).
     """
     groups = groups or weight.shape[0]
-    low, high = F.uniform_code_range(spec.bits, spec.symmetric)
     grouped = weight.reshape(groups, -1)
     gram = inputs.t() @ inputs if inputs.shape[0] > inputs.shape[1] else None
-    best = torch.full_like(scale, torch.inf)
-    best_scale, best_zero = scale, zero_point
-    for factor in WEIGHT_FACTORS:
-        new_scale = scale * factor
-        # keep the real value of the middle code where it was
-        middle = (low + high) / 2
-        new_zero = zero_point if spec.symmetric else (
-            middle - (middle - zero_point) / factor).round().clamp(low, high)
-        codes = F.uniform_encode(grouped, new_scale[:, None], new_zero[:, None], low, high)
-        error = F.uniform_decode(codes, new_scale[:, None], new_zero[:, None]) - grouped
+
+    def cost(scale, zero_point):
+        error = _on_uniform_grid(grouped, scale[:, None], zero_point[:, None], spec) - grouped
         error = error.reshape(weight.shape)
         if gram is None:
             cost = (error @ inputs.t()).square().sum(1)
         else:
             cost = ((error @ gram) * error).sum(1)
-        cost = cost.reshape(groups, -1).sum(1)
-        better = cost < best
-        best = torch.where(better, cost, best)
-        best_scale = torch.where(better, new_scale, best_scale)
-        best_zero = torch.where(better, new_zero, best_zero)
-    return best_scale, best_zero
+        return cost.reshape(groups, -1).sum(1)
+
+    return _best_of(_rescaled(scale, zero_point, spec), cost)
+
+
+def _rescaled(scale, zero_point, spec):
+    """Candidates (scale, zero point) around a weight's."""
+    low, high = F.uniform_code_range(spec.bits, spec.symmetric)
+    middle = (low + high) / 2  # its real value stays where it was
+    for factor in WEIGHT_FACTORS:
+        yield scale * factor, zero_point if spec.symmetric else (
+            middle - (middle - zero_point) / factor).round().clamp(low, high)
 
 
 def refine_activation(inputs, weight, scale, zero_point, spec):
@@ -162,66 +172,62 @@ def refine_activation(inputs, weight, scale, zero_point, spec):
     Returns:
         tuple[Tensor, Tensor]: scale and zero point, (1,).
     """
-    code_low, code_high = F.uniform_code_range(spec.bits, spec.symmetric)
-    output_error = _relative_output_error(inputs, weight)
-    if output_error is None:
-        return scale, zero_point
-    best, best_cost = (scale, zero_point), torch.inf
+    low, high = F.uniform_code_range(spec.bits, spec.symmetric)
 
-    def offer(scale, zero_point):
-        nonlocal best, best_cost
-        codes = F.uniform_encode(inputs, scale, zero_point, code_low, code_high)
-        cost = output_error(F.uniform_decode(codes, scale, zero_point))
-        if cost < best_cost:
-            best, best_cost = (scale, zero_point), cost
+    def coarse():
+        lows, widths = _ends_and_widths(inputs, high - low)
+        for width in widths:
+            zeros = (low - lows / width).round().clamp(low, high).unique().split(1)
+            for zero in [zero_point] if spec.symmetric else zeros:
+                yield width, zero
 
-    def zero_points(scale):
-        if spec.symmetric:
-            return [zero_point]
-        return (code_low - lows / scale).round().clamp(code_low, code_high).unique().split(1)
+    def near(scale, zero_point):
+        for factor in NEAR_FACTORS:
+            for shift in (-1, 0, 1) if not spec.symmetric else (0, ):
+                yield scale * factor, (zero_point + shift).clamp(low, high)
 
-    offer(scale, zero_point)
-    lows, widths = _ends_and_widths(inputs, code_high - code_low)
-    for width in widths:
-        for zero in zero_points(width):
-            offer(width, zero)
-    scale, zero_point = best
-    for factor in NEAR_FACTORS:
-        for shift in (-1, 0, 1) if not spec.symmetric else (0, ):
-            offer(scale * factor, (zero_point + shift).clamp(code_low, code_high))
-    return best
+    return _refine_input(
+        inputs, weight, lambda *grid: _on_uniform_grid(inputs, *grid, spec),
+        (scale, zero_point), coarse, near)
 
 
-def refine_log_grid(inputs, weight, scale, steps, spec):
+def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None):
     """Search a per-tensor logarithmic input quantizer as `refine_activation` does.
 
     Args:
         inputs (Tensor): sampled inputs (n, fan_in), float, not negative.
         weight (Tensor): the weight in force (rows, fan_in).
         scale, steps (Tensor): scale and steps an octave in force, (1,).
+        steps_per_octave (float | None): as for `search_log_grid`.
 
     Returns:
         tuple[Tensor, Tensor]: scale and steps an octave, (1,).
     """
+    stretches = (0.9, 1.0, 1.1) if steps_per_octave is None else (1.0, )
+
+    def coarse():
+        return _log_grids(inputs.amax().view(1), spec, steps_per_octave)
+
+    def near(scale, steps):
+        return [(scale * factor, steps * stretch)
+                for factor in NEAR_FACTORS for stretch in stretches]
+
+    return _refine_input(
+        inputs, weight, lambda *grid: _on_log_grid(inputs, *grid, spec), (scale, steps), coarse,
+        near)
+
+
+def _refine_input(inputs, weight, quantize, start, coarse, near):
+    """The grid of least output error of `start` and `coarse()`, then of it and `near` it."""
     output_error = _relative_output_error(inputs, weight)
     if output_error is None:
-        return scale, steps
-    best, best_cost = (scale, steps), torch.inf
+        return start
 
-    def offer(scale, steps):
-        nonlocal best, best_cost
-        cost = output_error(_on_log_grid(inputs, scale, steps, spec))
-        if cost < best_cost:
-            best, best_cost = (scale, steps), cost
+    def cost(*grid):
+        return output_error(quantize(*grid))
 
-    offer(scale, steps)
-    for candidate, number in _log_grids(inputs.amax().view(1), spec):
-        offer(candidate, torch.full_like(steps, number))
-    scale, steps = best
-    for factor in NEAR_FACTORS:
-        for stretch in (0.9, 1.0, 1.1):
-            offer(scale * factor, steps * stretch)
-    return best
+    best = _best_of([start, *coarse()], cost)
+    return _best_of([best, *near(*best)], cost)
 
 
 def _relative_output_error(inputs, weight):
@@ -232,7 +238,7 @@ def _relative_output_error(inputs, weight):
     rounds all other tokens to nothing.
 
     Returns:
-        Callable | None: (n, fan_in) -> float; None for one row, or rows that are all alike.
+        Callable | None: (n, fan_in) -> (1,); None for one row, or rows that are all alike.
     """
     deviation = (inputs @ weight.t()).std(0, correction=0)
     if not deviation.any():
@@ -240,7 +246,7 @@ def _relative_output_error(inputs, weight):
     weight = weight / deviation.clamp(min=1e-5 * deviation.max())[:, None]
     if weight.shape[0] > weight.shape[1]:  # as long, with fewer rows
         weight = torch.linalg.qr(weight).R
-    return lambda quantized: ((quantized - inputs) @ weight.t()).square().sum().item()
+    return lambda quantized: ((quantized - inputs) @ weight.t()).square().sum().view(1)
 
 
 def _ends_and_widths(samples, steps):
@@ -262,20 +268,9 @@ def _best_range(samples, spec, ranges):
     Returns:
         tuple[Tensor]: low, high, scale, zero point, each (groups,).
     """
-    code_low, code_high = F.uniform_code_range(spec.bits, spec.symmetric)
-    best = torch.full_like(samples[:, 0], torch.inf)
-    chosen = None
-    for low, high in ranges:
-        scale, zero_point = F.affine_from_range(low, high, spec.bits, spec.symmetric)
-        codes = F.uniform_encode(
-            samples, scale[:, None], zero_point[:, None], code_low, code_high)
-        values = F.uniform_decode(codes, scale[:, None], zero_point[:, None])
-        error = (values - samples).square().mean(1)
-        candidate = (low, high, scale, zero_point)
-        if chosen is None:
-            best, chosen = error, candidate
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
-        chosen = tuple(torch.where(better, new, old) for new, old in zip(candidate, chosen))
-    return chosen
+    def error(low, high, scale, zero_point):
+        values = _on_uniform_grid(samples, scale[:, None], zero_point[:, None], spec)
+        return (values - samples).square().mean(1)
+
+    return _best_of(((low, high, *F.affine_from_range(low, high, spec.bits, spec.symmetric))
+                     for low, high in ranges), error)

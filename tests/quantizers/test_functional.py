@@ -210,23 +210,22 @@ def test_log_gradients_are_finite_at_zero():
 
 # --- any base, shifted -------------------------------------------------------
 
-def adalog(x, scale, steps, *rest):
-    """`straight.logarithmic`, shifted, with the arguments of `AdaLogFakeQuantize`."""
-    bits, zero_below, shift = rest
+def shifted(x, scale, bits, steps, zero_below, shift):
+    """`straight.logarithmic` with the arguments of `LogFakeQuantize`."""
     return straight.logarithmic(x + shift, scale, bits, steps, zero_below) - shift
 
 
 def test_adalog_by_hand():
     # base 4 (half a step an octave), shifted by one: 4, 1, 1/4 or zero, less one
     x = t(5, 3, 1.1, 0.9, -0.4, -0.6, -0.88, -0.95, -1, -3)
-    out = F.AdaLogFakeQuantize.apply(x, t(4), t(0.5), 2, True, 1.0)
+    out = F.LogFakeQuantize.apply(x, t(4), 2, t(0.5), True, 1.0)
     assert out.tolist() == [3, 3, 3, 0, 0, -0.75, -0.75, -1, -1, -1]
 
 
 def test_adalog_gradients_by_hand():
     # 1.1 -> 3: 4 / 2.1; 5 is clipped: the scale alone moves; -0.95 is zeroed
     x, scale = t(1.1, 5, -0.95).requires_grad_(), t(4).requires_grad_()
-    F.AdaLogFakeQuantize.apply(x, scale, t(0.5), 2, True, 1.0).sum().backward()
+    F.LogFakeQuantize.apply(x, scale, 2, t(0.5), True, 1.0).sum().backward()
     assert x.grad.tolist() == pytest.approx([4 / 2.1, 0, 0])
     assert scale.grad.item() == pytest.approx(1)
 
@@ -238,8 +237,8 @@ def test_adalog_gradients_equal_autograd(bits, shift, zero_below):
     x = torch.randn(4, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(bits))
     x = torch.nn.functional.gelu(x * 2) if shift else x.abs()
     scale, steps = t(0.5, 1, 2, 3).view(4, 1), t(0.7, 1.3, 2.2, 3.1).view(4, 1)
-    got = gradients(F.AdaLogFakeQuantize.apply, x, scale, steps, bits, zero_below, shift)
-    want = gradients(adalog, x, scale, steps, bits, zero_below, shift)
+    got = gradients(F.LogFakeQuantize.apply, x, scale, bits, steps, zero_below, shift)
+    want = gradients(shifted, x, scale, bits, steps, zero_below, shift)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
     assert 0 < (got[1] == 0).sum() < x.numel()
@@ -248,5 +247,5 @@ def test_adalog_gradients_equal_autograd(bits, shift, zero_below):
 @pytest.mark.parametrize('steps', [1, 2], ids=['log2', 'log_sqrt2'])
 def test_adalog_of_a_known_base(steps):
     x = torch.rand(1000, dtype=torch.float64)**6
-    got = F.AdaLogFakeQuantize.apply(x, t(0.8), t(steps), 4, True, 0.0)
+    got = F.LogFakeQuantize.apply(x, t(0.8), 4, t(steps), True)
     torch.testing.assert_close(got, F.LogFakeQuantize.apply(x, t(0.8), 4, steps, True))
