@@ -5,6 +5,8 @@ from mmengine.registry import MODELS
 from PIL import Image
 from tiny_models import randomise
 
+from pfcr_mm.models.fit import MOVED
+
 CLASSES = 5
 ARGS = dict(
     vit=dict(model_name='vit_tiny_patch16_224',
@@ -32,7 +34,7 @@ def build_classifier(kind, seed=0, **quant):
 def float_state(model):
     """What a float checkpoint of the model holds, in timm's naming."""
     return {name.removeprefix('backbone.'): value for name, value in model.state_dict().items()
-            if '_quantizer.' not in name and not name.endswith('.pad_value')
+            if '_quantizer.' not in name and not name.endswith(MOVED)
             and name not in model.created_biases}
 
 

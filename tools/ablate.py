@@ -15,6 +15,7 @@ may name its values: `pos=off,quantizer`. Axes and values:
     rounding    latent, adaround
     softmax     log2, log_sqrt2, adalog, uniform
     gelu        adalog, uniform (quantizer of what comes from a GELU)
+    values      balanced, plain (attention's values against the output projection)
     padding     moved, zero (as published code has it; needs windows that are padded)
     zero_point  integer, fractional (as published code has it)
     traversal   post_order, level_order
@@ -39,7 +40,7 @@ from pfcr_mm.engine.metrics import titles
 from pfcr_mm.errors import UsageError
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
-GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'padding', 'zero_point')
+GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'padding', 'zero_point')
 STATES = (('', 'quantized'), ('float_', 'float'), ('calibrated_', 'calibrated'))
 
 
@@ -128,13 +129,14 @@ AXES = dict(
     rounding=Axis('model.quant.rounding', ['latent', 'adaround']),
     softmax=Axis('model.quant.softmax.kind', ['log2', 'log_sqrt2', 'adalog', 'uniform']),
     gelu=Axis('model.quant.post_gelu.kind', ['adalog', 'uniform']),
+    values=Axis('model.quant.balance_values', dict(balanced=True, plain=False)),
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),
     traversal=Axis('quantize_cfg.traversal', ['post_order', 'level_order']))
 # What configs leave to the code.
 DEFAULTS = {
     'model.quant.rounding': 'latent', 'model.quant.softmax.kind': 'log2',
-    'model.quant.post_gelu.kind': 'adalog',
+    'model.quant.post_gelu.kind': 'adalog', 'model.quant.balance_values': True,
     'model.quant.move_padding': True, 'model.quant.integer_zero_point': True,
     'quantize_cfg.reconstruction.loss': 'channel_mse'}
 

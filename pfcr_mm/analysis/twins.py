@@ -5,7 +5,7 @@ import torch
 from mmengine.device import get_device
 
 from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
-from ..models.reparam import fold_alike, post_norm_pairs
+from ..models.reparam import fold_alike, post_norm_pairs, value_projections
 from ..modules import set_quantization
 from ..registry import MODELS
 
@@ -44,7 +44,8 @@ def align(floating, quantized):
 
     Reparameterisation has moved scales from the norms of the quantized model into the
     layers behind them. Its activations can be compared number by number only with those
-    of a twin that is folded alike. The fold is read off the norms of both.
+    of a twin that is folded alike. The fold is read off the norms of both, that of values
+    off the buffer that holds it.
 
     Args:
         floating (nn.Module): the float twin, changed in place.
@@ -53,10 +54,17 @@ def align(floating, quantized):
     names = {id(module): name for name, module in floating.named_modules()}
     folds = {}
     for (norm, layer, _), (other, *_) in zip(post_norm_pairs(floating), post_norm_pairs(quantized)):
-        ratio = norm.weight / other.weight
-        sane = (ratio > _RATIOS[0]) & (ratio < _RATIOS[1])  # False for NaN too
-        ratio = torch.where(sane, ratio, torch.ones_like(ratio))
-        shift = norm.bias / ratio - other.bias
-        folds[names[id(layer)]] = (ratio, shift)
+        ratio = _sane(norm.weight / other.weight)
+        folds[names[id(layer)]] = ratio, norm.bias / ratio - other.bias
+    for (attention, _, proj), (other, *_) in zip(
+            value_projections(floating), value_projections(quantized)):
+        ratio = _sane(other.value_ratio / attention.value_ratio)
+        folds[names[id(proj)]] = ratio, torch.zeros_like(ratio)
     fold_alike(floating, folds)
     set_quantization(floating, False, False)
+
+
+def _sane(ratio):
+    """Ratios of a fold; one where something else made them, NaN included."""
+    sane = (ratio > _RATIOS[0]) & (ratio < _RATIOS[1])
+    return torch.where(sane, ratio, torch.ones_like(ratio))

@@ -12,7 +12,12 @@ from .. import parallel
 from ..errors import UsageError
 from ..models import part_chains, reparameterise
 from ..models.checkpoint import save_quantized
-from ..models.reparam import fold_alike, make_channelwise
+from ..models.reparam import (
+    balance_values,
+    fold_alike,
+    make_channelwise,
+    value_projections,
+)
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import ChainReconstructor, Faults, calibrate, harden, observe, roi
 from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
@@ -30,6 +35,7 @@ from .resumable import Resumable
 from .signals import StopSignals
 
 CHECKPOINT = 'quantized.pth'
+_BALANCED_BY = 8  # images; sizes of channels need few
 
 
 @LOOPS.register_module()
@@ -185,6 +191,7 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
 
     def calibrate(self):
         """First scales of everything, post-norm activations channel-wise."""
+        self._balance()
         if self.model.quant_config.reparam:
             make_channelwise(self.model)
         self._search_scales(self.model, activations=True)
@@ -283,15 +290,32 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
 
         return Faults(tell, self.on_nonfinite, names.get)
 
-    def _search_scales(self, model, activations):
-        options = self.calibration
-        with observe(model, options['rows'], self.seed) as seen:
+    def _balance(self):
+        """Scale attention's values against the layer that reads them, by a few images."""
+        readers = value_projections(self.model)
+        if not readers:
+            return
+        names = {module: name for name, module in self.model.named_modules()}
+        seen = self._observe(self.model, min(_BALANCED_BY, self.calibration['search_images']))
+        folds = balance_values(self.model, {
+            name: seen.layers[name].rows.std(0) for name in (names[proj] for *_, proj in readers)
+            if seen.layers[name].rows is not None})
+        fold_alike(self.teacher, folds)
+        self.folds.update(folds)
+
+    def _observe(self, model, images):
+        with observe(model, self.calibration['rows'], self.seed) as seen:
             for number, (inputs, samples) in zip(self.images.numbers, self.images):
-                if number >= options['search_images']:
+                if number >= images:
                     break
                 seen.begin_image(number)
                 model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
         check_seen(seen)
+        return seen
+
+    def _search_scales(self, model, activations):
+        options = self.calibration
+        seen = self._observe(model, options['search_images'])
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
         parallel.copy_from_main([t for t in (*model.parameters(), *model.buffers())
                              if t.is_floating_point()])  # to the bit, on any hardware

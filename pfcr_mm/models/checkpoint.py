@@ -11,7 +11,7 @@ from mmengine.runner.checkpoint import CheckpointLoader, load_state_dict
 from ..errors import UsageError
 from ..files import write_atomically
 from ..modules import QuantLayer
-from .fit import DERIVED, check_float_values, check_quantized_state
+from .fit import DERIVED, MOVED, check_float_values, check_quantized_state
 from .fold import fold_state
 from .manifest import FORMAT, build_manifest
 from .official_swin import from_official_swin, is_official_swin
@@ -22,9 +22,9 @@ from .timm_names import timm_weights
 ASSETS = Path(__file__).parents[1] / 'assets'
 _ASSET_SCHEME = 'pfcr_mm://'
 _TIMM_SCHEME = 'timm://'
-# Keys of `quant` that say, beside the bits, what a layer's codes and scales mean.
+# Keys of `quant` that say, beside the bits, what codes and scales mean, and what is folded.
 _MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'post_gelu',
-            'matmul_granularity')
+            'matmul_granularity', 'balance_values')
 
 
 def read_checkpoint(path, trust=False, check=None):
@@ -256,7 +256,7 @@ def _place(tensor):
 def _created_keys(detector):
     """State that conversion adds and a float checkpoint cannot have."""
     return detector.created_biases | {
-        key for key in detector.state_dict() if '_quantizer.' in key or key.endswith('.pad_value')}
+        key for key in detector.state_dict() if '_quantizer.' in key or key.endswith(MOVED)}
 
 
 def _download(url):

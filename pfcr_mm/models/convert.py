@@ -12,6 +12,7 @@ from ..quantizers import QuantizerSpec, build_rounding
 from ..quantizers.spec import check_bits
 from ..registry import CONVERTERS, QUANTIZERS, ROUNDINGS, lookup
 from .mlp import give_gelu_quantizers
+from .reparam import let_values_balance
 
 # Predictors of mmdet's heads, two-stage and dense: the last layers of a detector.
 LAST_LAYERS = (
@@ -42,6 +43,7 @@ class QuantConfig:
         overrides (list[dict]): dict(pattern, weight_bits, activation_bits); the last
             match wins, also over `first_last_bits`.
         reparam (bool): fold channel-wise post-LayerNorm scales into the weights.
+        balance_values (bool): scale attention's values against the output projection.
         integer_zero_point (bool): False leaves zero points unrounded after the fold, as
             published code does; for comparison only.
         move_padding (bool): False leaves the padding of windows at zero after the fold, as
@@ -61,6 +63,7 @@ class QuantConfig:
     exclude: list = field(default_factory=list)
     overrides: list = field(default_factory=list)
     reparam: bool = True
+    balance_values: bool = True
     integer_zero_point: bool = True
     move_padding: bool = True
 
@@ -204,6 +207,8 @@ def convert(model, quant):
             census.append(record)
     if quant.post_gelu is not None:
         give_gelu_quantizers(model, quant.post_gelu)
+    if quant.balance_values:
+        let_values_balance(model)
     _check_patterns(quant, [record.name for record in census])
     return census
 

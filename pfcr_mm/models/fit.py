@@ -13,6 +13,8 @@ from .manifest import UNREACHED
 
 # Buffers that the model computes by itself.
 DERIVED = re.compile(r'.*\.relative_position_index$')
+# Buffers that conversion adds: what folds move.
+MOVED = ('.pad_value', '.value_ratio')
 
 
 def check_float_values(own, state, path):

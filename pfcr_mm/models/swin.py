@@ -5,7 +5,7 @@ import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA, WindowMSA
 
 from ..modules import QuantMatmul
-from ..registry import CHAINS, CONVERTERS, OUTPUT_NORMS, POST_NORM
+from ..registry import CHAINS, CONVERTERS, OUTPUT_NORMS, POST_NORM, VALUE_PROJECTIONS
 from .chain import Chain, Leaf, State
 from .convert import quantize_matmuls
 
@@ -136,6 +136,12 @@ def swin_block_pairs(block):
 def patch_merging_pairs(merging):
     """(norm, linear, None); merging pads before its norm, so nothing follows."""
     return [] if merging.norm is None else [(merging.norm, merging.reduction, None)]
+
+
+@VALUE_PROJECTIONS.register(f'{__name__}.QuantWindowMSA')
+def window_value_projection(attention):
+    """(qkv, proj) of a window attention."""
+    return attention.qkv, attention.proj
 
 
 @OUTPUT_NORMS.register(f'{_SWIN}.SwinTransformer')

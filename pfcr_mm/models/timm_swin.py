@@ -10,7 +10,7 @@ from timm.models.swin_transformer import (
 from torch import nn
 
 from ..modules import QuantMatmul
-from ..registry import CHAINS, CONVERTERS, POST_NORM
+from ..registry import CHAINS, CONVERTERS, POST_NORM, VALUE_PROJECTIONS
 from .chain import Chain, Leaf, State
 from .convert import LayerRecord, quantize_matmuls
 
@@ -116,6 +116,12 @@ def block_pairs(block):
 def merging_pairs(merging):
     """(norm, linear, None); merging pads before its norm, so nothing follows."""
     return [(merging.norm, merging.reduction, None)] if _foldable(merging.norm) else []
+
+
+@VALUE_PROJECTIONS.register(f'{__name__}.QuantTimmWindowAttention')
+def window_value_projection(attention):
+    """(qkv, proj) of a window attention."""
+    return attention.qkv, attention.proj
 
 
 def _foldable(norm):

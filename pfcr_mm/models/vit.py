@@ -7,7 +7,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
-from ..registry import CHAINS, CONVERTERS, POST_NORM
+from ..registry import CHAINS, CONVERTERS, POST_NORM, VALUE_PROJECTIONS
 from .backbones.attention import GridAttention, MatmulAttention
 from .chain import Chain, Leaf, State
 from .convert import LayerRecord, quantize_matmuls
@@ -51,6 +51,14 @@ def block_pairs(block):
     if _foldable(block.norm2) and type(block.mlp) is Mlp:
         pairs.append((block.norm2, block.mlp.fc1, None))
     return pairs
+
+
+@VALUE_PROJECTIONS.register(
+    *(f'{cls.__module__}.{cls.__qualname__}' for cls in (MatmulAttention, GridAttention)))
+def value_projection(attention):
+    """(qkv, proj) of an attention, or None where a gate or a norm lies before `proj`."""
+    plain = attention.gate is None and isinstance(attention.norm, nn.Identity)
+    return (attention.qkv, attention.proj) if plain else None
 
 
 def _foldable(norm):

@@ -19,7 +19,8 @@ from pfcr_mm.models.checkpoint import (
     read_checkpoint,
     save_quantized,
 )
-from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs
+from pfcr_mm.models.fit import MOVED
+from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs, value_projections
 from pfcr_mm.models.vit import classifier_chain
 from pfcr_mm.modules import QuantLayer, quantizers_of, set_quantization
 from pfcr_mm.reconstruction import calibrate, harden, observe
@@ -263,12 +264,19 @@ def test_folding_a_classifier(kwargs, pairs):
 
 
 def test_a_gated_attention_keeps_its_norm():
-    """The norm's output also goes into the gate: folding would change it."""
+    """The norm's output also goes into the gate, and the gate into `proj`'s input."""
     model = classifier()
     model.blocks[0].attn.gate = nn.Linear(32, 32)
     root = nn.Sequential(model)
     convert(root, QuantConfig())
     assert len(post_norm_pairs(root)) == 3
+    assert [attention for attention, _, _ in value_projections(root)] == [model.blocks[1].attn]
+
+
+def test_a_norm_before_proj_keeps_the_values():
+    root = nn.Sequential(classifier(scale_attn_norm=True))
+    convert(root, QuantConfig())
+    assert value_projections(root) == []
 
 
 # --- statistics ---------------------------------------------------------------
@@ -445,7 +453,7 @@ def test_a_checkpoint_of_the_vitdet_project_loads(build_vit, tmp_path):
     own = detector.state_dict()
     assert all(torch.equal(own[name], value) for name, value in state.items())
     created = [n for n in own if n not in state]
-    assert all('_quantizer.' in n or n.endswith('.pad_value') for n in created)
+    assert all('_quantizer.' in n or n.endswith(MOVED) for n in created)
 
 
 def test_the_coco_config_has_the_published_names_and_shapes():
@@ -453,7 +461,7 @@ def test_the_coco_config_has_the_published_names_and_shapes():
     with torch.device('meta'):
         detector = MODELS.build(dict(config.model, _scope_='mmdet'))
     own = {name: tuple(value.shape) for name, value in detector.state_dict().items()
-           if '_quantizer.' not in name and not name.endswith('.pad_value')}
+           if '_quantizer.' not in name and not name.endswith(MOVED)}
     assert own == vitdet_shapes(768, 12, 12, 14, 1024 // 16, 256, 1024, 80, 4)
     backbone = detector.backbone
     assert {m.eps for m in backbone.modules() if isinstance(m, nn.LayerNorm)} == {1e-5}

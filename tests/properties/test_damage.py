@@ -19,6 +19,7 @@ from pfcr_mm.models.checkpoint import (
     read_checkpoint,
     save_quantized,
 )
+from pfcr_mm.models.fit import MOVED
 from pfcr_mm.models.state import model_state
 from pfcr_mm.reconstruction import harden
 
@@ -46,7 +47,7 @@ def files(build_quantized, float_detector_state, images, tmp_path_factory):
 @pytest.fixture(scope='module')
 def float_detector_state(build_quantized):
     state = build_quantized(**QUANT).state_dict()
-    return {k: v for k, v in state.items() if not k.endswith(('pad_value', 'reduction.bias'))}
+    return {k: v for k, v in state.items() if not k.endswith((*MOVED, 'reduction.bias'))}
 
 
 def load(path, kind, detector):

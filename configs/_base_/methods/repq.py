@@ -3,6 +3,6 @@ method = 'RepQ-ViT'
 model = dict(
     quant=dict(
         rounding='nearest', softmax=dict(kind='log_sqrt2', granularity='tensor'),
-        post_gelu=dict(kind='uniform'), matmul_granularity='tensor'))
+        post_gelu=dict(kind='uniform'), matmul_granularity='tensor', balance_values=False))
 quantize_cfg = dict(
     calibration=dict(method='percentile'), levels=[], head_levels=[], pos=dict(mode='off'))

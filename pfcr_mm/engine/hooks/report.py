@@ -9,6 +9,7 @@ from mmengine.hooks import Hook
 
 from ... import parallel
 from ...files import write_atomically
+from ...models.fit import MOVED
 from ...models.manifest import build_manifest
 from ...registry import HOOKS
 from ..fingerprint import fingerprint
@@ -82,7 +83,7 @@ def build_report(runner):
 
 def float_size_bytes(model):
     """Bytes of the model's parameters and norm statistics in float32, quantizers left out."""
-    names = ('_quantizer.', 'relative_position_index', 'pad_value')
+    names = ('_quantizer.', 'relative_position_index', *MOVED)
     return 4 * sum(
         value.numel() for key, value in model.state_dict().items()
         if not any(name in key for name in names))
