@@ -158,12 +158,13 @@ def fold_alike(twin, folds):
         folds (dict): what they returned.
     """
     names = {id(module): name for name, module in twin.named_modules()}
-    for norm, layer, attention in post_norm_pairs(twin):
-        if names[id(layer)] in folds:
-            _fold(norm, layer, attention, *folds[names[id(layer)]])
+    # in the model's order, for the same bits: values are balanced before norms are folded
     for attention, qkv, proj in value_projections(twin):
         if names[id(proj)] in folds:
             _scale_values(attention, qkv, proj, folds[names[id(proj)]][0])
+    for norm, layer, attention in post_norm_pairs(twin):
+        if names[id(layer)] in folds:
+            _fold(norm, layer, attention, *folds[names[id(layer)]])
 
 
 def _fold(norm, layer, attention, ratio, shift):
