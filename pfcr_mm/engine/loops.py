@@ -10,23 +10,18 @@ from mmengine.runner import BaseLoop
 
 from .. import parallel
 from ..errors import UsageError
-from ..models import part_chains, reparameterise
+from ..models import part_chains
 from ..models.checkpoint import save_quantized
-from ..models.reparam import (
-    balance_values,
-    fold_alike,
-    make_channelwise,
-    value_projections,
-)
+from ..models.reparam import fold_alike
 from ..modules import QuantLayer, set_quantization
-from ..reconstruction import ChainReconstructor, Faults, calibrate, harden, observe, roi
+from ..reconstruction import ChainReconstructor, Faults, harden, roi
 from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
 from ..reconstruction.cache import FeatureCache
-from ..reconstruction.faults import check_seen
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
 from . import settings
 from .augment import with_views
+from .calibrating import Calibrating
 from .data import calibration_images, check_dataset
 from .measure import measure
 from .phases import Phase, peak_memory_mb
@@ -35,11 +30,10 @@ from .resumable import Resumable
 from .signals import StopSignals
 
 CHECKPOINT = 'quantized.pth'
-_BALANCED_BY = 8  # images; sizes of channels need few
 
 
 @LOOPS.register_module()
-class PFCRLoop(Planned, Resumable, BaseLoop):
+class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
     """Progressive Fine-to-Coarse Reconstruction of a detector, part by part.
 
     Hooks are called at `before_quantize`, `calibrated_model` (a copy of the model as only
@@ -51,7 +45,9 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
         runner (QuantRunner): the runner.
         calibration (dict): images, held_out (of these, for accepting units),
             search_images (of these, for scales), method, rounds, rows, dataset, views (of
-            each image learned from, see `with_views`).
+            each image learned from, see `with_views`), compensate (strength of the ridge by
+            which weights make up for quantized inputs; None leaves them), feed_back (whether
+            rounding makes up for its errors). See `fit_weights`.
         levels (list[str]): units of the backbone, see `LEVELS`; [] only calibrates.
         head_levels (list[str]): units of neck and heads; [] leaves them calibrated.
         traversal (str): 'post_order' or 'level_order'.
@@ -189,29 +185,10 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
 
     # --- phases --------------------------------------------------------------
 
-    def calibrate(self):
-        """First scales of everything, post-norm activations channel-wise."""
-        self._balance()
-        if self.model.quant_config.reparam:
-            make_channelwise(self.model)
-        self._search_scales(self.model, activations=True)
-
-    def enter_final_stage(self, model):
-        """Reparameterise, and calibrate the weights that have no valid scales (idempotent).
-
-        Returns:
-            dict: see `reparameterise`.
-        """
-        folds = reparameterise(model)
-        if folds or not _weights_calibrated(model):
-            self._search_scales(model, activations=False)
-        set_quantization(model, True, True)
-        return folds
-
     def run_stage(self, stage):
         """One stage of POS over all its parts."""
         if stage.final:
-            folds = self.enter_final_stage(self.model)
+            folds = self.enter_final_stage(self.model, stage.quantize_weights)
             fold_alike(self.teacher, folds)  # targets then mean what the model's maps mean
             self.folds.update(folds)
         set_quantization(self.model, stage.quantize_weights, stage.quantize_activations)
@@ -290,38 +267,6 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
 
         return Faults(tell, self.on_nonfinite, names.get)
 
-    def _balance(self):
-        """Scale attention's values against the layer that reads them, by a few images."""
-        readers = value_projections(self.model)
-        if not readers:
-            return
-        names = {module: name for name, module in self.model.named_modules()}
-        seen = self._observe(self.model, min(_BALANCED_BY, self.calibration['search_images']))
-        folds = balance_values(self.model, {
-            name: seen.layers[name].rows.std(0) for name in (names[proj] for *_, proj in readers)
-            if seen.layers[name].rows is not None})
-        fold_alike(self.teacher, folds)
-        self.folds.update(folds)
-
-    def _observe(self, model, images):
-        with observe(model, self.calibration['rows'], self.seed) as seen:
-            for number, (inputs, samples) in zip(self.images.numbers, self.images):
-                if number >= images:
-                    break
-                seen.begin_image(number)
-                model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
-        check_seen(seen)
-        return seen
-
-    def _search_scales(self, model, activations):
-        options = self.calibration
-        seen = self._observe(model, options['search_images'])
-        unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
-        parallel.copy_from_main([t for t in (*model.parameters(), *model.buffers())
-                             if t.is_floating_point()])  # to the bit, on any hardware
-        for name in unreached if activations else ():
-            self.note(f'{name}: no calibration data reached it; its input stays float')
-
     def _streams(self, part):
         """(quantized, float) streams into a part."""
         models = (self.model, self.teacher)
@@ -355,10 +300,6 @@ class PFCRLoop(Planned, Resumable, BaseLoop):
 
     def _phase(self, name):
         return Phase(self, name)
-
-
-def _weights_calibrated(model):
-    return all(m.weight_quantizer.calibrated for m in model.modules() if isinstance(m, QuantLayer))
 
 
 def _plain_meta(meta):

@@ -1,4 +1,6 @@
 """What a `quantize_cfg` may say: checked before any work, every mistake in one line."""
+import math
+
 import torch
 
 from ..errors import UsageError, check_keys
@@ -9,7 +11,7 @@ from ..reconstruction.units import check_levels
 
 _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None, views=1)
+    dataset=None, views=1, compensate=0.01, feed_back=True)
 _ROIS = dict(proposals=64, detections=16)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 
@@ -21,6 +23,11 @@ def calibration_of(given):
         raise UsageError(
             f"quantize_cfg.calibration.method={found['method']!r} is not known; "
             f'choose one of {METHODS}')
+    strength = found['compensate']
+    if strength is not None and (isinstance(strength, bool) or not isinstance(
+            strength, (int, float)) or not 0 < strength < math.inf):
+        raise UsageError(f'quantize_cfg.calibration.compensate={strength!r} is neither None nor '
+                         'a number above 0')
     for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
                        ('rows', 4), ('views', 1)):
         _check_integer(found[key], least, f'calibration.{key}')

@@ -65,6 +65,8 @@ class Chain:
         name (str): 'backbone', 'neck', 'rpn_head', 'bbox_head', 'mask_head'.
         leaves (list[Leaf]): in order of execution.
         channel_axis (int): axis of the channels in state tensors and side outputs.
+        prefix_tokens (int): class and register tokens that the result is read from; they come
+            first along axis 1 of tensors (B, N, C).
         gives (str): what comes out at the end: 'maps', or 'logits' of a classifier.
     """
 
@@ -72,6 +74,7 @@ class Chain:
     leaves: list
     channel_axis: int
     gives: str = 'maps'
+    prefix_tokens: int = 0
 
     def run(self, state, start=0, stop=None):
         """Run leaves [start, stop).

@@ -122,6 +122,10 @@ class QuantLayer:
         """
         raise NotImplementedError
 
+    def set_weight_rows(self, rows):
+        """Take a matrix as `weight_rows` gives it for the weight."""
+        self.weight.copy_(rows.reshape(self.weight.shape))
+
     def input_rows(self, x, generator, limit):
         """A random sample of the input as rows (n <= limit, fan_in), n over all positions."""
         raise NotImplementedError

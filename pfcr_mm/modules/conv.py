@@ -58,5 +58,8 @@ class QuantConvTranspose2d(QuantLayer, nn.ConvTranspose2d):
         # Every input pixel meets every kernel tap: one row a tap, out-channel major.
         return self.weight.flatten(1).t() if self.groups == 1 else None
 
+    def set_weight_rows(self, rows):
+        super().set_weight_rows(rows.t())
+
     def input_rows(self, x, generator, limit):
         return random_rows(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), generator, limit)

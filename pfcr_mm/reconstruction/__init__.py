@@ -2,6 +2,7 @@
 from . import guided_losses, losses  # noqa: F401  fill the table
 from .calibrate import calibrate, observe
 from .faults import Faults
+from .fit_weights import compensate_weights, observe_moments, round_weights
 from .optimize import UnitConfig, UnitRecord
 from .pfcr import ChainReconstructor, harden
 from .pos import POSConfig, Stage
@@ -10,6 +11,6 @@ from .units import LEVELS, Unit, units_of
 
 __all__ = [
     'ChainReconstructor', 'Faults', 'LEVELS', 'POSConfig', 'Stage', 'Unit', 'UnitConfig',
-    'UnitRecord', 'build_schedule', 'calibrate', 'harden', 'observe', 'share_iterations',
-    'traversal_string', 'units_of'
+    'UnitRecord', 'build_schedule', 'calibrate', 'compensate_weights', 'harden', 'observe',
+    'observe_moments', 'round_weights', 'share_iterations', 'traversal_string', 'units_of'
 ]

@@ -77,10 +77,12 @@ class Observer:
         model (nn.Module): a quantized model; quantizers are switched off.
         rows (int): rows kept a layer.
         seed (int): seed of the sampling.
+        activations (bool): whether activation quantizers are on instead.
     """
 
-    def __init__(self, model, rows=4096, seed=0):
+    def __init__(self, model, rows=4096, seed=0, activations=False):
         self.model = model
+        self.activations = activations
         self.limit = rows
         self.seed = seed
         self.begin_image(0)
@@ -92,7 +94,7 @@ class Observer:
         self._image, self._generators = number, {}
 
     def __enter__(self):
-        set_quantization(self.model, False, False)
+        set_quantization(self.model, False, self.activations)
         self._handles = []
         for name, module in self.model.named_modules():
             if isinstance(module, QuantLayer):
@@ -164,9 +166,9 @@ class Observer:
 
 
 @contextmanager
-def observe(model, rows=4096, seed=0):
+def observe(model, rows=4096, seed=0, activations=False):
     """`with observe(model) as seen:` run float forward passes, then calibrate from `seen`."""
-    with Observer(model, rows, seed) as observer, torch.no_grad():
+    with Observer(model, rows, seed, activations) as observer, torch.no_grad():
         yield observer
 
 

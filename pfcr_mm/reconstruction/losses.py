@@ -9,19 +9,29 @@ from ..registry import RECONSTRUCTION_LOSSES
 class MSELoss:
     """Mean squared error over all elements, divided by the target's mean square.
 
-    Built once a unit from its targets, those of all processes; called with a batch.
+    Built once a unit from its targets, those of all processes; called with a batch. Class
+    tokens, which a classifier's result is read from, would be one in hundreds: they have a
+    share of the loss of their own, whatever the number of patches.
 
     Args:
         targets (Sequence[tuple[Tensor]]): the unit's targets, one tuple an entry.
         channel_axis (int): axis of the channels.
+        prefix_tokens (int): class and register tokens, first along axis 1 of (B, N, C).
     """
+
+    prefix_share = 0.25
 
     # A batch's loss is the mean over its rows of something that no other row changes, and
     # what was taken from targets is the same everywhere: processes may share a batch.
     shares_batches = True
 
-    def __init__(self, targets, channel_axis):
-        self.channel_axis = channel_axis
+    @classmethod
+    def from_context(cls, targets, channel_axis, context, options):
+        """The loss of a unit; the context's view knows of class tokens."""
+        return cls(targets, channel_axis, context.view.prefix_tokens if context else 0, **options)
+
+    def __init__(self, targets, channel_axis, prefix_tokens=0):
+        self.channel_axis, self.prefix_tokens = channel_axis, prefix_tokens
         outputs = max(parallel.gather(len(targets[0]) if targets else 0))
         # one look at each: targets in files are read as they are asked for
         self.weights = [self._weight(t[k] for t in targets) for k in range(outputs)]
@@ -39,8 +49,15 @@ class MSELoss:
         losses = []
         for output, target, weight in zip(outputs, targets, self.weights):
             if output.numel():
-                losses.append(((output - target).square() * self._spread(weight, output)).mean())
+                losses.append(self._mean(
+                    (output - target).square() * self._spread(weight, output)))
         return torch.stack(losses).mean()
+
+    def _mean(self, error):
+        count, share = self.prefix_tokens, self.prefix_share
+        if not count or error.dim() != 3 or error.shape[1] <= count:
+            return error.mean()
+        return share * error[:, :count].mean() + (1 - share) * error[:, count:].mean()
 
     def _spread(self, weight, x):
         return weight.to(x.device)

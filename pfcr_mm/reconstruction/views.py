@@ -51,6 +51,7 @@ class UnitView:
     def __init__(self, chain, unit, wants, rest):
         self.chain, self.unit, self.wants, self.rest = chain, unit, wants, rest
         self.name, self.channel_axis, self.gives = chain.name, chain.channel_axis, chain.gives
+        self.prefix_tokens = chain.prefix_tokens
         self.leaves = list(chain.leaves)
         leaves = self.leaves[unit.start:unit.stop]
         self._layers = [layer for leaf in leaves if LAYERS in wants

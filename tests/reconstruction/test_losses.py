@@ -56,6 +56,33 @@ def test_scale_of_the_target_does_not_matter(name):
     torch.testing.assert_close(small, large)
 
 
+@pytest.mark.parametrize('name', LOSSES)
+def test_class_tokens_have_a_quarter(name):
+    """Errors of the one class token and of all patches count 1 : 3, whatever their number."""
+    target = torch.randn(4, 50, 7)
+    loss = RECONSTRUCTION_LOSSES.get(name)([(target, )], -1, 1)
+    plain = build(name, [(target, )])
+    parts = [target.clone() for _ in range(2)]
+    parts[0][:, 0] += 1
+    parts[1][:, 1:] += 1
+    first, rest = (loss((part, ), (target, )).item() for part in parts)
+    assert rest == pytest.approx(3 * first)
+    both = plain((target + 1, ), (target, )).item()
+    assert first + rest == pytest.approx(both) == pytest.approx(
+        loss((target + 1, ), (target, )).item())
+
+
+def test_only_tokens_have_class_tokens():
+    """Logits and maps of attention are no rows of tokens."""
+    for shape in ((4, 7), (4, 3, 5, 7)):
+        target = torch.randn(shape)
+        loss = RECONSTRUCTION_LOSSES.get('mse')([(target, )], -1, 1)
+        off = target.clone()
+        off[:, 0] += 1
+        assert loss((off, ), (target, )).item() == pytest.approx(
+            build('mse', [(target, )])((off, ), (target, )).item())
+
+
 def test_channel_axis_of_maps():
     target = torch.randn(2, 3, 4, 5) * torch.tensor([1.0, 10, 100]).view(1, 3, 1, 1)
     off = target.clone()

@@ -5,4 +5,5 @@ model = dict(
         rounding='nearest', softmax=dict(kind='log_sqrt2', granularity='tensor'),
         post_gelu=dict(kind='uniform'), matmul_granularity='tensor', balance_values=False))
 quantize_cfg = dict(
-    calibration=dict(method='percentile'), levels=[], head_levels=[], pos=dict(mode='off'))
+    calibration=dict(method='percentile', compensate=None, feed_back=False),
+    levels=[], head_levels=[], pos=dict(mode='off'))

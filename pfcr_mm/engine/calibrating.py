@@ -1,0 +1,106 @@
+"""What a quantization loop knows of calibration: which passes it takes, in which order."""
+import copy
+
+from .. import parallel
+from ..models import part_chains, reparameterise
+from ..models.reparam import balance_values, fold_alike, make_channelwise, value_projections
+from ..modules import QuantLayer, set_quantization
+from ..reconstruction import (
+    calibrate,
+    compensate_weights,
+    observe,
+    observe_moments,
+    round_weights,
+)
+from ..reconstruction.faults import check_seen
+
+_BALANCED_BY = 8  # images; sizes of channels need few
+
+
+class Calibrating:
+    """Mixin of `PFCRLoop`: from a float model to one whose every quantizer has a scale.
+
+    `calibrate` is for the model as the first stage of POS has it: float weights, post-norm
+    inputs channel-wise. `enter_final_stage` is the rest: folded, weights quantized.
+    """
+
+    def calibrate(self):
+        """First scales of everything, post-norm activations channel-wise."""
+        self._balance()
+        if self.model.quant_config.reparam:
+            make_channelwise(self.model)
+        self._search_scales(self.model, activations=True)
+        if self.calibration['compensate'] is not None:
+            seen = self._moments(self.model, activations=False)
+            compensate_weights(self.model, seen, self.calibration['compensate'])
+            self._make_equal(self.model)
+
+    def enter_final_stage(self, model, rounds=True):
+        """Reparameterise, and calibrate the weights that have no valid scales (idempotent).
+
+        Args:
+            model (nn.Module): the model, or a copy.
+            rounds (bool): whether its weights are quantized from now on.
+
+        Returns:
+            dict: see `reparameterise`.
+        """
+        folds = reparameterise(model)
+        if folds or not _weights_calibrated(model):
+            self._search_scales(model, activations=False)
+            if rounds and self.calibration['feed_back']:
+                round_weights(model, self._moments(model, activations=True))
+                self._make_equal(model)
+        set_quantization(model, True, True)
+        return folds
+
+    # --- passes over the images -----------------------------------------------
+
+    def _balance(self):
+        """Scale attention's values against the layer that reads them, by a few images."""
+        readers = value_projections(self.model)
+        if not readers:
+            return
+        names = {module: name for name, module in self.model.named_modules()}
+        with observe(self.model, self.calibration['rows'], self.seed) as seen:
+            self._show(self.model, seen, _BALANCED_BY)
+        folds = balance_values(self.model, {
+            name: seen.layers[name].rows.std(0) for name in (names[proj] for *_, proj in readers)
+            if seen.layers[name].rows is not None})
+        fold_alike(self.teacher, folds)
+        self.folds.update(folds)
+
+    def _show(self, model, observer, images=None):
+        """Run `model` on the first calibration images, `search_images` at most."""
+        count = self.calibration['search_images']
+        for number, (inputs, samples) in zip(self.images.numbers, self.images):
+            if number >= min(images or count, count):
+                break
+            observer.begin_image(number)
+            model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
+
+    def _moments(self, model, activations):
+        rows = self.calibration['rows'] // 4
+        with observe_moments(model, part_chains(model)[0], activations, rows, self.seed) as seen:
+            self._show(model, seen)
+        return seen
+
+    def _make_equal(self, model):
+        """The same numbers in all processes, to the bit, on any hardware."""
+        parallel.copy_from_main([t for t in (*model.parameters(), *model.buffers())
+                                 if t.is_floating_point()])
+
+    def _search_scales(self, model, activations):
+        """Of everything by float activations, or of weights by quantized ones."""
+        options = self.calibration
+        with observe(model, options['rows'], self.seed, activations=not activations) as seen:
+            self._show(model, seen)
+        check_seen(seen)
+        unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
+        self._make_equal(model)
+        for name in unreached if activations else ():
+            self.note(f'{name}: no calibration data reached it; its input stays float')
+
+
+def _weights_calibrated(model):
+    return all(m.weight_quantizer.calibrated for m in model.modules() if isinstance(m, QuantLayer))
