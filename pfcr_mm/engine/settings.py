@@ -28,6 +28,9 @@ def calibration_of(given):
             strength, (int, float)) or not 0 < strength < math.inf):
         raise UsageError(f'quantize_cfg.calibration.compensate={strength!r} is neither None nor '
                          'a number above 0')
+    if not isinstance(found['feed_back'], bool):
+        raise UsageError(f"quantize_cfg.calibration.feed_back={found['feed_back']!r} is neither "
+                         'True nor False')
     for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
                        ('rows', 4), ('views', 1)):
         _check_integer(found[key], least, f'calibration.{key}')

@@ -56,6 +56,8 @@ def refused(capsys):
     ('quantize_cfg.calibration.image=3', 'calibration.image '),
     ('quantize_cfg.calibration.images=0', 'calibration.images'),
     ('quantize_cfg.calibration.views=0', 'calibration.views'),
+    ('quantize_cfg.calibration.compensate=0', 'calibration.compensate=0'),
+    ('quantize_cfg.calibration.feed_back=often', "calibration.feed_back='often'"),
     ('quantize_cfg.reconstruction.loss=hinge', "loss='hinge'"),
     ('quantize_cfg.reconstruction.iter=3', 'reconstruction.iter '),
     ('quantize_cfg.traversal=random', "traversal='random'"),
