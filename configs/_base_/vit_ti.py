@@ -29,12 +29,13 @@ load_from = '{{$VIT_TINY:data/vit_tiny_patch16_224/vit_tiny_patch16_224.pth}}'
 
 quantize_cfg = dict(
     calibration=dict(images=128, held_out=16, search_images=128),
+    # few images: half of the values stay float meanwhile (QDrop), and coarse units move little
     reconstruction=dict(
-        iters=40, batch_size=8, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=1e-3,
-        bias_lr=5e-4,
+        iters=60, batch_size=8, weight_lr=2e-4, scale_lr=5e-3, weight_scale_lr=4e-4,
+        bias_lr=2e-4, keep_prob=0.5, input_mix=0.5,
         per_level=dict(
-            pair=dict(iters=40, weight_lr=4e-4),
-            quad=dict(iters=40, weight_lr=3e-4, scale_lr=3e-3),
-            backbone=dict(iters=60, weight_lr=1e-4, scale_lr=1e-3))),
+            pair=dict(iters=40, weight_lr=1e-4, scale_lr=1e-3, keep_prob=0.75, input_mix=0.75),
+            quad=dict(iters=40, weight_lr=5e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0),
+            backbone=dict(weight_lr=2e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0))),
     cache_dtype=None)
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1000))

@@ -1,15 +1,18 @@
 """What a quantization loop knows of calibration: which passes it takes, in which order."""
 import copy
 
+import torch
+
 from .. import parallel
 from ..models import part_chains, reparameterise
 from ..models.reparam import balance_values, fold_alike, make_channelwise, value_projections
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import (
+    MomentObserver,
     calibrate,
     compensate_weights,
+    not_fitted,
     observe,
-    observe_moments,
     round_weights,
 )
 from ..reconstruction.faults import check_seen
@@ -34,6 +37,10 @@ class Calibrating:
             seen = self._moments(self.model, activations=False)
             compensate_weights(self.model, seen, self.calibration['compensate'])
             self._make_equal(self.model)
+            for name, reason in not_fitted(self.model, seen).items():
+                self.runner.logger.info(f'{name}: not fitted, {reason}')
+        for layer in _quantized_layers(self.model):  # scales under float inputs are provisional
+            layer.weight_quantizer.calibrated = False
 
     def enter_final_stage(self, model, rounds=True):
         """Reparameterise, and calibrate the weights that have no valid scales (idempotent).
@@ -46,7 +53,8 @@ class Calibrating:
             dict: see `reparameterise`.
         """
         folds = reparameterise(model)
-        if folds or not _weights_calibrated(model):
+        if folds or not all(
+                layer.weight_quantizer.calibrated for layer in _quantized_layers(model)):
             self._search_scales(model, activations=False)
             if rounds and self.calibration['feed_back']:
                 round_weights(model, self._moments(model, activations=True))
@@ -64,6 +72,7 @@ class Calibrating:
         names = {module: name for name, module in self.model.named_modules()}
         with observe(self.model, self.calibration['rows'], self.seed) as seen:
             self._show(self.model, seen, _BALANCED_BY)
+        check_seen(seen)
         folds = balance_values(self.model, {
             name: seen.layers[name].rows.std(0) for name in (names[proj] for *_, proj in readers)
             if seen.layers[name].rows is not None})
@@ -71,8 +80,8 @@ class Calibrating:
         self.folds.update(folds)
 
     def _show(self, model, observer, images=None):
-        """Run `model` on the first calibration images, `search_images` at most."""
-        count = self.calibration['search_images']
+        """Run `model` on the first calibration images, `search_images` at most, none held out."""
+        count = min(self.calibration['search_images'], self.learned_on)
         for number, (inputs, samples) in zip(self.images.numbers, self.images):
             if number >= min(images or count, count):
                 break
@@ -81,7 +90,8 @@ class Calibrating:
 
     def _moments(self, model, activations):
         rows = self.calibration['rows'] // 4
-        with observe_moments(model, part_chains(model)[0], activations, rows, self.seed) as seen:
+        with torch.no_grad(), MomentObserver(
+                model, part_chains(model)[0], activations, rows, self.seed) as seen:
             self._show(model, seen)
         return seen
 
@@ -102,5 +112,5 @@ class Calibrating:
             self.note(f'{name}: no calibration data reached it; its input stays float')
 
 
-def _weights_calibrated(model):
-    return all(m.weight_quantizer.calibrated for m in model.modules() if isinstance(m, QuantLayer))
+def _quantized_layers(model):
+    return [m for m in model.modules() if isinstance(m, QuantLayer)]

@@ -65,8 +65,8 @@ class Chain:
         name (str): 'backbone', 'neck', 'rpn_head', 'bbox_head', 'mask_head'.
         leaves (list[Leaf]): in order of execution.
         channel_axis (int): axis of the channels in state tensors and side outputs.
-        prefix_tokens (int): class and register tokens that the result is read from; they come
-            first along axis 1 of tensors (B, N, C).
+        prefix_tokens (int): class tokens that the result is read from; they come first along
+            axis 1 of tensors (B, N, C).
         gives (str): what comes out at the end: 'maps', or 'logits' of a classifier.
     """
 

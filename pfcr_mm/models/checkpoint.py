@@ -25,6 +25,7 @@ _TIMM_SCHEME = 'timm://'
 # Keys of `quant` that say, beside the bits, what codes and scales mean, and what is folded.
 _MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'post_gelu',
             'matmul_granularity', 'balance_values')
+_BEFORE = dict(balance_values=False)  # what files say that are older than a key
 
 
 def read_checkpoint(path, trust=False, check=None):
@@ -174,10 +175,11 @@ def check_manifest(detector, manifest, path='the checkpoint'):
     """Raise UsageError unless `detector` has the layers, bits and quantizers of the manifest."""
     own = detector.quant_config.as_dict()
     for key in _MEANING:
-        if manifest['quant'].get(key) != own[key]:
+        saved = manifest['quant'].get(key, _BEFORE.get(key))
+        if saved != own[key]:
             raise UsageError(
-                f"{path} has quant.{key}={manifest['quant'].get(key)!r}, the config says "
-                f'{own[key]!r}; use the config it was quantized with')
+                f'{path} has quant.{key}={saved!r}, the config says {own[key]!r}; use the config '
+                'it was quantized with')
     saved = {layer['name']: layer for layer in manifest['layers']}
     built = {layer['name']: layer for layer in build_manifest(detector)['layers']}
     for name in {**saved, **built}:

@@ -138,7 +138,7 @@ def balance_values(model, sizes):
     folds = {}
     for attention, qkv, proj in value_projections(model):
         size = sizes.get(names[id(proj)])
-        if size is None:
+        if size is None or not size.mean() > 0:  # nor where it is no number: one row alone
             continue
         ratio = (size / size.mean()).clamp(min=1e-4).sqrt().to(proj.weight)
         folds[names[id(proj)]] = ratio, torch.zeros_like(ratio)
@@ -168,6 +168,7 @@ def fold_alike(twin, folds):
 
 
 def _fold(norm, layer, attention, ratio, shift):
+    ratio, shift = ratio.to(layer.weight), shift.to(layer.weight)
     norm.weight.div_(ratio)
     norm.bias.div_(ratio).sub_(shift)
     layer.weight.mul_(ratio.view(1, -1, *(1, ) * (layer.weight.dim() - 2)))
@@ -177,6 +178,7 @@ def _fold(norm, layer, attention, ratio, shift):
 
 
 def _scale_values(attention, qkv, proj, ratio):
+    ratio = ratio.to(proj.weight)
     qkv.weight[-len(ratio):].div_(ratio[:, None])
     if qkv.bias is not None:
         qkv.bias[-len(ratio):].div_(ratio)

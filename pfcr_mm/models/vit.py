@@ -110,7 +110,8 @@ def classifier_chain(vit):
     heads = [getattr(vit, name, None)
              for name in ('norm', 'attn_pool', 'fc_norm', 'head', 'head_dist')]
     leaves.append(Leaf('head', classify, tuple(head for head in heads if head is not None)))
-    prefix = vit.num_prefix_tokens if vit.global_pool == 'token' else 0
+    distilled = getattr(vit, 'head_dist', None) is not None
+    prefix = 1 + distilled if vit.global_pool == 'token' and vit.cls_token is not None else 0
     return Chain('backbone', leaves, channel_axis=-1, gives='logits', prefix_tokens=prefix)
 
 

@@ -47,7 +47,8 @@ def between(grad, x, low, high, out):
     """
     if torch.is_tensor(low):
         if low.device.type != 'cpu' or (low != low.view(-1)[0]).any():
-            return torch.mul(grad, (x > low) & (x < high), out=out)
+            inside = (x > low) & (x < high)
+            return torch.where(inside, grad, grad.new_zeros(()), out=out)
         low = low.view(-1)[0].item()
     return torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=out)
 

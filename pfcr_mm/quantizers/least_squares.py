@@ -5,7 +5,7 @@ samples, in double.
 """
 import torch
 
-from . import functional as F
+from .search import on_uniform_grid
 
 _BLOCK = 64  # columns whose errors reach what is behind them at once
 
@@ -58,7 +58,7 @@ def feed_back(weight, scale, zero_point, spec, gram, damping=0.01):
         errors = torch.empty_like(part)
         for i in range(part.shape[1]):
             column = part[:, i].clone()
-            rounded = _rounded(column, scale, zero_point, spec)
+            rounded = on_uniform_grid(column, scale, zero_point, spec)
             errors[:, i] = (column - rounded) / inner[i, start + i]
             part[:, i + 1:] -= torch.outer(
                 errors[:, i], inner[i, start + i + 1:start + part.shape[1]])
@@ -67,7 +67,7 @@ def feed_back(weight, scale, zero_point, spec, gram, damping=0.01):
     found[:, order] = moved
 
     def cost(candidate):
-        error = _rounded(candidate, scale[:, None], zero_point[:, None], spec) - weight
+        error = on_uniform_grid(candidate, scale[:, None], zero_point[:, None], spec) - weight
         return ((error @ gram) * error).sum(1)
 
     return torch.where((cost(found) < cost(weight))[:, None], found, weight)
@@ -77,9 +77,3 @@ def _damped(gram, share):
     # where all inputs are zero any number above it will do
     return gram + (share * gram.diagonal().mean()).clamp(min=1e-12) * torch.eye(
         len(gram), dtype=gram.dtype, device=gram.device)
-
-
-def _rounded(weight, scale, zero_point, spec):
-    codes = F.uniform_encode(
-        weight, scale, zero_point, *F.uniform_code_range(spec.bits, spec.symmetric))
-    return F.uniform_decode(codes, scale, zero_point)

@@ -48,7 +48,8 @@ class LogQuantizer(Quantizer):
 
     def _grid(self):
         """Scales and steps an octave, each (size,)."""
-        return self.scale, torch.as_tensor(self.steps_per_octave).expand_as(self.scale)
+        scale = self.scale
+        return scale, torch.as_tensor(self.steps_per_octave).to(scale).expand_as(scale)
 
 
 @QUANTIZERS.register_module(name='log2')

@@ -83,7 +83,8 @@ def _on_log_grid(samples, scale, steps, spec):
     return F.log_decode(codes, scale, spec.bits, steps, spec.zero_below)
 
 
-def _on_uniform_grid(samples, scale, zero_point, spec):
+def on_uniform_grid(samples, scale, zero_point, spec):
+    """Samples rounded to a quantizer's grid."""
     codes = F.uniform_encode(
         samples, scale, zero_point, *F.uniform_code_range(spec.bits, spec.symmetric))
     return F.uniform_decode(codes, scale, zero_point)
@@ -141,7 +142,7 @@ def refine_weight(weight, scale, zero_point, spec, inputs, groups=None):
     gram = inputs.t() @ inputs if inputs.shape[0] > inputs.shape[1] else None
 
     def cost(scale, zero_point):
-        error = _on_uniform_grid(grouped, scale[:, None], zero_point[:, None], spec) - grouped
+        error = on_uniform_grid(grouped, scale[:, None], zero_point[:, None], spec) - grouped
         error = error.reshape(weight.shape)
         if gram is None:
             cost = (error @ inputs.t()).square().sum(1)
@@ -187,7 +188,7 @@ def refine_activation(inputs, weight, scale, zero_point, spec):
                 yield scale * factor, (zero_point + shift).clamp(low, high)
 
     return _refine_input(
-        inputs, weight, lambda *grid: _on_uniform_grid(inputs, *grid, spec),
+        inputs, weight, lambda *grid: on_uniform_grid(inputs, *grid, spec),
         (scale, zero_point), coarse, near)
 
 
@@ -269,7 +270,7 @@ def _best_range(samples, spec, ranges):
         tuple[Tensor]: low, high, scale, zero point, each (groups,).
     """
     def error(low, high, scale, zero_point):
-        values = _on_uniform_grid(samples, scale[:, None], zero_point[:, None], spec)
+        values = on_uniform_grid(samples, scale[:, None], zero_point[:, None], spec)
         return (values - samples).square().mean(1)
 
     return _best_of(((low, high, *F.affine_from_range(low, high, spec.bits, spec.symmetric))

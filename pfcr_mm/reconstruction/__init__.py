@@ -2,7 +2,7 @@
 from . import guided_losses, losses  # noqa: F401  fill the table
 from .calibrate import calibrate, observe
 from .faults import Faults
-from .fit_weights import compensate_weights, observe_moments, round_weights
+from .fit_weights import MomentObserver, compensate_weights, not_fitted, round_weights
 from .optimize import UnitConfig, UnitRecord
 from .pfcr import ChainReconstructor, harden
 from .pos import POSConfig, Stage
@@ -10,7 +10,7 @@ from .schedule import build_schedule, share_iterations, traversal_string
 from .units import LEVELS, Unit, units_of
 
 __all__ = [
-    'ChainReconstructor', 'Faults', 'LEVELS', 'POSConfig', 'Stage', 'Unit', 'UnitConfig',
-    'UnitRecord', 'build_schedule', 'calibrate', 'compensate_weights', 'harden', 'observe',
-    'observe_moments', 'round_weights', 'share_iterations', 'traversal_string', 'units_of'
+    'ChainReconstructor', 'Faults', 'LEVELS', 'MomentObserver', 'POSConfig', 'Stage', 'Unit',
+    'UnitConfig', 'UnitRecord', 'build_schedule', 'calibrate', 'compensate_weights', 'harden',
+    'not_fitted', 'observe', 'round_weights', 'share_iterations', 'traversal_string', 'units_of'
 ]

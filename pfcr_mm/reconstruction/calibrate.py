@@ -1,4 +1,6 @@
-"""Calibration: first scales and zero points, from float activations of training images.
+"""Calibration: first scales and zero points, from activations of training images.
+
+Activation scales come from float activations, weight scales in the end from quantized ones.
 
 Statistics are gathered over every call of a layer (all images, all FPN levels, all
 RoIs) before any scale is set; large tensors are sub-sampled. What is sampled depends on
@@ -13,7 +15,7 @@ from .. import parallel
 from ..errors import UsageError
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows, set_quantization
 from ..quantizers import LogQuantizer, search
-from .noise import seed_of
+from .noise import PerImage
 
 METHODS = ('minmax', 'percentile', 'mse', 'output')
 _VALUES = 2**18  # values of a tensor that a scale search looks at
@@ -67,10 +69,10 @@ class Reservoir:
             self.low, self.high = torch.stack(low).amin(0), torch.stack(high).amax(0)
 
 
-class Observer:
+class Observer(PerImage):
     """Gathers what calibration needs to know of each layer's and matmul's inputs.
 
-    Use as a context manager around float forward passes, and say which image they are of;
+    Use as a context manager around forward passes, and say which image they are of;
     on exit handles are removed and the statistics of all processes are merged.
 
     Args:
@@ -84,14 +86,9 @@ class Observer:
         self.model = model
         self.activations = activations
         self.limit = rows
-        self.seed = seed
-        self.begin_image(0)
+        super().__init__(seed)
         self.layers = {}  # layer name -> Reservoir of input rows (n, fan_in)
         self.operands = {}  # quantizer name -> Reservoir of rows (n, groups)
-
-    def begin_image(self, number):
-        """The passes that follow are of the image with this number."""
-        self._image, self._generators = number, {}
 
     def __enter__(self):
         set_quantization(self.model, False, self.activations)
@@ -116,13 +113,6 @@ class Observer:
             for reservoir in (*self.layers.values(), *self.operands.values()):
                 reservoir.settle()
 
-    def _generator(self, name):
-        """Draws for one layer and image, whatever was drawn before."""
-        if name not in self._generators:
-            self._generators[name] = torch.Generator().manual_seed(
-                seed_of(self.seed, name, self._image))
-        return self._generators[name]
-
     def _see_layer(self, name):
         reservoir = self.layers[name]
 
@@ -130,7 +120,7 @@ class Observer:
             x = args[0]
             if x.numel() == 0:
                 return
-            generator = self._generator(name)
+            generator = self.generator(name)
             rows = layer.input_rows(x, generator, self.limit // 4)
             if layer.input_quantizer.axis is None:
                 low, high = x.amin().view(1), x.amax().view(1)
@@ -153,7 +143,7 @@ class Observer:
                 grouped = x.reshape(1, -1)
             else:
                 grouped = x.movedim(quantizer.axis, 0).flatten(1)
-            generator = self._generator(name)
+            generator = self.generator(name)
             pick = torch.randint(
                 grouped.shape[1], (min(self.limit, grouped.shape[1]), ),
                 generator=generator).to(x.device)

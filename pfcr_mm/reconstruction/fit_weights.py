@@ -3,7 +3,6 @@
 Two steps, each independent for each layer: float weights make up for what quantized inputs
 lose (`compensate_weights`), and rounding makes up for its own errors (`round_weights`).
 """
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,10 @@ import torch
 from .. import parallel
 from ..modules import QuantLayer, set_quantization
 from ..quantizers import least_squares
-from .noise import seed_of
+from .noise import PerImage
 
 MAX_FAN_IN = 4096  # moments of wider layers would take more than memory and time are worth
+ROWS_AN_INPUT = 8  # with fewer a fit learns the rows by heart, and fresh ones lose by it
 PREFIX_SHARE = 0.1  # of class tokens in a layer's moments, whatever the number of patches
 
 
@@ -21,6 +21,7 @@ PREFIX_SHARE = 0.1  # of class tokens in a layer's moments, whatever the number 
 class Moments:
     """Sums over weighted input rows x and their quantized values x^ (n, fan_in), in double."""
 
+    rows: int = 0
     weight: float = 0.0
     mean: torch.Tensor = 0.0
     quantized_mean: torch.Tensor = 0.0
@@ -29,31 +30,46 @@ class Moments:
 
     def add(self, rows, quantized, weights):
         """Add rows, each counted `weights` (n,) times."""
+        rows, quantized, weights = rows.double(), quantized.double(), weights.double()
         weighted = quantized * weights[:, None]
-        self.weight += weights.sum().double()
-        self.mean = self.mean + (weights @ rows).double()
-        self.quantized_mean = self.quantized_mean + weighted.sum(0).double()
-        self.gram = self.gram + (weighted.t() @ quantized).double()
-        self.cross = self.cross + (rows.t() @ weighted).double()
+        self.rows += len(rows)
+        self.weight += weights.sum()
+        self.mean = self.mean + weights @ rows
+        self.quantized_mean = self.quantized_mean + weighted.sum(0)
+        self.gram = self.gram + weighted.t() @ quantized
+        self.cross = self.cross + rows.t() @ weighted
 
     def settle(self):
         """End of the stream: means over the rows of all processes."""
+        self.rows = parallel.total(self.rows)
         for name in ('weight', 'mean', 'quantized_mean', 'gram', 'cross'):
-            value = parallel.total(getattr(self, name))
+            value = getattr(self, name)
+            value = parallel.total(value.cpu() if torch.is_tensor(value) else value)
             if torch.is_tensor(value):  # sums in another order are the same then, but for one
                 value = value.float().double()  # in millions
             setattr(self, name, value)
-        if self.weight > 0:
+        if self.rows:
             for name in ('mean', 'quantized_mean', 'gram', 'cross'):
                 setattr(self, name, getattr(self, name) / self.weight)
 
-    def centred(self):
-        """(gram, cross) about the means: what is left where a bias takes care of these."""
-        return (self.gram - torch.outer(self.quantized_mean, self.quantized_mean),
-                self.cross - torch.outer(self.mean, self.quantized_mean))
+    def of(self, layer):
+        """(mean, quantized mean, gram, cross) for a layer, on its device.
+
+        About the means where the layer's bias can take care of these, which are zero else.
+        """
+        mean, quantized_mean, gram, cross = (
+            value.to(layer.weight.device)
+            for value in (self.mean, self.quantized_mean, self.gram, self.cross))
+        if not _has_bias_a_row(layer):
+            return torch.zeros_like(mean), torch.zeros_like(mean), gram, cross
+        # what rows of float32 cannot tell from zero counts as noise of the inputs
+        floor = 1e-5 * gram.diagonal().mean() * torch.eye(
+            len(gram), dtype=gram.dtype, device=gram.device)
+        return (mean, quantized_mean, gram - torch.outer(quantized_mean, quantized_mean) + floor,
+                cross - torch.outer(mean, quantized_mean) + floor)
 
 
-class MomentObserver:
+class MomentObserver(PerImage):
     """Gathers `Moments` of each layer's input; use as `Observer`.
 
     Args:
@@ -64,17 +80,13 @@ class MomentObserver:
         seed (int): seed of the sampling.
     """
 
-    def __init__(self, model, chains, activations, rows, seed):
-        self.model, self.activations, self.rows, self.seed = model, activations, rows, seed
+    def __init__(self, model, chains, activations, rows=1024, seed=0):
+        self.model, self.activations, self.rows = model, activations, rows
         self.prefix = {module: chain.prefix_tokens for chain in chains.values()
                        for leaf in chain.leaves for root in leaf.modules
                        for module in root.modules()}
-        self.begin_image(0)
+        super().__init__(seed)
         self.layers = {}  # layer name -> Moments
-
-    def begin_image(self, number):
-        """The passes that follow are of the image with this number."""
-        self._image = number
 
     def __enter__(self):
         set_quantization(self.model, False, self.activations)
@@ -109,7 +121,7 @@ class MomentObserver:
 
     def _sample(self, layer, name, x):
         """Rows of an input, and their weights."""
-        generator = torch.Generator().manual_seed(seed_of(self.seed, name, self._image))
+        generator = self.generator(name)
         count = self.prefix.get(layer, 0) if x.dim() == 3 else 0
         rows = layer.input_rows(x[:, count:] if count else x, generator, self.rows)
         weights = torch.ones_like(rows[:, 0])
@@ -119,13 +131,6 @@ class MomentObserver:
             rows = torch.cat([first, rows])
             weights = torch.cat([torch.full_like(first[:, 0], weight), weights])
         return rows, weights
-
-
-@contextmanager
-def observe_moments(model, chains, activations, rows=1024, seed=0):
-    """`with observe_moments(...) as seen:` run forward passes, then fit weights from `seen`."""
-    with MomentObserver(model, chains, activations, rows, seed) as observer, torch.no_grad():
-        yield observer
 
 
 @torch.no_grad()
@@ -140,12 +145,11 @@ def compensate_weights(model, seen, strength):
         strength (float): of the ridge, see `least_squares.compensate`.
     """
     for layer, moments in _fitted(model, seen):
-        centred = _has_bias_a_row(layer)
-        gram, cross = moments.centred() if centred else (moments.gram, moments.cross)
+        mean, quantized_mean, gram, cross = moments.of(layer)
         before = layer.weight_rows().double()
         after = least_squares.compensate(before, gram, cross, strength)
-        if centred:
-            layer.bias.add_(before @ moments.mean - after @ moments.quantized_mean)
+        if _has_bias_a_row(layer):
+            layer.bias.add_(before @ mean - after @ quantized_mean)
         layer.set_weight_rows(after)
         layer.weight_quantizer.calibrated = False
 
@@ -165,19 +169,43 @@ def round_weights(model, seen):
         repeat = len(rows) // quantizer.log_scale.numel()
         scale, zero_point = (value.repeat_interleave(repeat)
                              for value in (quantizer.scale, quantizer.zero_point))
-        centred = _has_bias_a_row(layer)
-        gram = moments.centred()[0] if centred else moments.gram
+        _, quantized_mean, gram, _ = moments.of(layer)
         layer.set_weight_rows(least_squares.feed_back(
             rows, scale, zero_point, quantizer.spec, gram))
-        if centred:
+        if _has_bias_a_row(layer):
             after = quantizer.fake_quantize(layer.weight).flatten(1).double()
-            layer.bias.add_((rows - after) @ moments.quantized_mean)
+            layer.bias.add_((rows - after) @ quantized_mean)
 
 
 def _fitted(model, seen):
-    """(layer, moments) of the layers that data reached."""
+    """(layer, moments) of the layers that enough rows reached."""
     return [(layer, seen.layers[name]) for name, layer in model.named_modules()
-            if name in seen.layers and seen.layers[name].weight > 0]
+            if name in seen.layers and name not in not_fitted(model, seen)]
+
+
+def not_fitted(model, seen):
+    """Why layers with a weight to quantize are left as they are, by name.
+
+    Args:
+        model (nn.Module): quantized model.
+        seen (MomentObserver): filled.
+
+    Returns:
+        dict[str, str]: such as 'fan-in 12544 above 4096'.
+    """
+    reasons = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, QuantLayer):
+            continue
+        matrix = layer.weight_rows()
+        if matrix is None:
+            reasons[name] = 'no matrix product'
+        elif matrix.shape[1] > MAX_FAN_IN:
+            reasons[name] = f'fan-in {matrix.shape[1]} above {MAX_FAN_IN}'
+        elif seen.layers[name].rows < ROWS_AN_INPUT * matrix.shape[1]:
+            reasons[name] = (f'{seen.layers[name].rows} rows, fewer than {ROWS_AN_INPUT} x fan-in '
+                             f'{matrix.shape[1]}')
+    return reasons
 
 
 def _has_bias_a_row(layer):

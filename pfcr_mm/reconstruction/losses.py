@@ -16,7 +16,7 @@ class MSELoss:
     Args:
         targets (Sequence[tuple[Tensor]]): the unit's targets, one tuple an entry.
         channel_axis (int): axis of the channels.
-        prefix_tokens (int): class and register tokens, first along axis 1 of (B, N, C).
+        prefix_tokens (int): class tokens, first along axis 1 of (B, N, C).
     """
 
     prefix_share = 0.25

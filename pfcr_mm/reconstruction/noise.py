@@ -12,6 +12,29 @@ def seed_of(*facts):
     return zlib.crc32(repr(facts).encode())
 
 
+class PerImage:
+    """Generators for what is drawn of an image: by seed, name and image, whatever came before.
+
+    Args:
+        seed (int): of the run.
+    """
+
+    def __init__(self, seed):
+        self.seed = seed
+        self.begin_image(0)
+
+    def begin_image(self, number):
+        """What follows is of the image with this number."""
+        self._image, self._generators = number, {}
+
+    def generator(self, name):
+        """The generator of a name, which goes on from call to call."""
+        if name not in self._generators:
+            self._generators[name] = torch.Generator().manual_seed(
+                seed_of(self.seed, name, self._image))
+        return self._generators[name]
+
+
 class ImageNoise:
     """Uniform random numbers for a batch, drawn image by image.
 

@@ -12,7 +12,12 @@ from torch import nn
 from pfcr_mm.analysis.twins import align
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models import QuantConfig, convert
-from pfcr_mm.models.checkpoint import load_quantized, read_checkpoint, save_quantized
+from pfcr_mm.models.checkpoint import (
+    load_quantized,
+    manifest_of,
+    read_checkpoint,
+    save_quantized,
+)
 from pfcr_mm.models.reparam import balance_values, fold_alike, value_projections
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import calibrate, harden, observe
@@ -117,6 +122,16 @@ def test_a_channel_that_is_always_zero_is_harmless():
     assert worst([model(x)], [expected]) < 1e-4
 
 
+def test_an_attention_whose_output_is_constant_stays():
+    model, x = unequal('vit')
+    _, qkv, _ = value_projections(model)[0]
+    for parameter in (qkv.weight, qkv.bias):
+        parameter[-len(parameter) // 3:].zero_()
+    expected = model(x)
+    assert len(balance(model, x)) == 3
+    assert worst([model(x)], [expected]) < 1e-5
+
+
 def attention_errors(kind, method, **quant):
     """Squared error of each attention's output for float inputs, everything quantized."""
     model, x = unequal(kind, **quant)
@@ -207,6 +222,25 @@ def test_a_checkpoint_of_the_other_kind_is_refused(saved):
     with pytest.raises(UsageError, match=r'quant\.balance_values=True, the config says False'):
         load_quantized(
             build_classifier(kind, **BITS, balance_values=False), read_checkpoint(path), path)
+
+
+def test_a_file_that_is_older_than_the_key(saved, tmp_path):
+    """It was made without the balance, and loads with the config that says so."""
+    model, _ = unequal('vit', balance_values=False)
+    with observe(model, 256) as seen:
+        model(pictures('vit'))
+    calibrate(model, seen, 'mse')
+    set_quantization(model, True, True)
+    harden(model)
+    path = str(tmp_path / 'old.pth')
+    save_quantized(model, path, {})
+    checkpoint = read_checkpoint(path)
+    del manifest_of(checkpoint)['quant']['balance_values']
+    fresh = build_classifier('vit', seed=1, **BITS, balance_values=False)
+    load_quantized(fresh, checkpoint, path)
+    assert torch.equal(fresh(pictures('vit')), model(pictures('vit')))
+    with pytest.raises(UsageError, match=r'quant\.balance_values=False, the config says True'):
+        load_quantized(build_classifier('vit', **BITS), checkpoint, path)
 
 
 def test_a_twin_of_a_loaded_checkpoint_is_scaled_alike(saved):

@@ -12,11 +12,12 @@ from pfcr_mm.models.chain import Chain, Leaf
 from pfcr_mm.modules import QuantConvTranspose2d, QuantLayer, QuantLinear, set_quantization
 from pfcr_mm.quantizers import search
 from pfcr_mm.reconstruction import (
+    MomentObserver,
     calibrate,
     compensate_weights,
     fit_weights,
+    not_fitted,
     observe,
-    observe_moments,
     round_weights,
 )
 
@@ -43,7 +44,7 @@ def chains(layer, prefix=0):
 
 
 def moments_of(layer, *inputs, prefix=0, activations=False, rows=4096):
-    with observe_moments(layer, chains(layer, prefix), activations, rows) as seen:
+    with MomentObserver(layer, chains(layer, prefix), activations, rows) as seen:
         for number, x in enumerate(inputs):
             seen.begin_image(number)
             layer(x)
@@ -62,11 +63,17 @@ def test_moments_by_hand():
     layer.input_quantizer.set_scale(torch.tensor([2.0]), torch.tensor([0.0]))
     # 1, 2 -> 0 (half to even), 2; 3, 2 -> 4 (1.5 to even), 2
     seen = moments_of(layer, torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]])).layers['']
-    assert seen.weight == 2
+    assert seen.weight == seen.rows == 2
     assert seen.mean.tolist() == [2, 2] and seen.quantized_mean.tolist() == [2, 2]
     assert seen.gram.tolist() == [[8, 4], [4, 4]] and seen.cross.tolist() == [[6, 4], [4, 4]]
-    gram, cross = seen.centred()
-    assert gram.tolist() == [[4, 0], [0, 0]] and cross.tolist() == [[2, 0], [0, 0]]
+    mean, quantized_mean, gram, cross = seen.of(layer)
+    assert mean.tolist() == quantized_mean.tolist() == [2, 2]
+    floor = pytest.approx(6e-5)  # a hundred-thousandth of the mean square
+    assert gram.tolist() == [[pytest.approx(4 + 6e-5), 0], [0, floor]]
+    assert cross.tolist() == [[pytest.approx(2 + 6e-5), 0], [0, floor]]
+    layer.bias = None
+    mean, _, gram, _ = seen.of(layer)
+    assert mean.tolist() == [0, 0] and gram.tolist() == [[8, 4], [4, 4]]
 
 
 def test_class_tokens_have_their_share():
@@ -136,14 +143,38 @@ def test_a_transposed_convolution():
     assert output_error(layer, floating, x) < 0.95 * before
 
 
-def test_what_cannot_be_fitted_stays(monkeypatch):
-    x = torch.randn(64, 16)
+def test_what_cannot_be_fitted_stays_and_says_why(monkeypatch):
+    x = torch.randn(128, 16)
     layer = linear(16, 8, x=x)
     before = layer.weight.clone()
-    compensate_weights(layer, moments_of(layer, x[:0]), 0.01)  # no data
+    assert not_fitted(layer, moments_of(layer, x)) == {}
+    for few in (0, 127):
+        seen = moments_of(layer, x[:few])
+        assert not_fitted(layer, seen) == {'': f'{few} rows, fewer than 8 x fan-in 16'}
+        compensate_weights(layer, seen, 0.01)
+        round_weights(layer, seen)
     monkeypatch.setattr(fit_weights, 'MAX_FAN_IN', 15)
-    compensate_weights(layer, moments_of(layer, x), 0.01)  # too wide
+    seen = moments_of(layer, x)
+    assert not_fitted(layer, seen) == {'': 'fan-in 16 above 15'}
+    compensate_weights(layer, seen, 0.01)
+    round_weights(layer, seen)
     assert torch.equal(layer.weight, before) and layer.weight_quantizer.calibrated
+
+
+@pytest.mark.parametrize('spread', [0.0, 1e-3, 0.01])
+def test_rows_that_are_nearly_equal_are_harmless(spread):
+    """What the sums cannot tell from their rounding must not be fitted."""
+    torch.manual_seed(0)
+    x = 30 * torch.randn(16) + spread * torch.randn(500, 16)
+    layer = linear(16, 8, x=x)
+    floating = copy.deepcopy(layer)
+    before = output_error(layer, floating, x)
+    compensate_weights(layer, moments_of(layer, x), 0.01)
+    assert (layer.weight - floating.weight).abs().max() < 0.5 * floating.weight.abs().max()
+    rows = layer.weight.flatten(1)
+    layer.weight_quantizer.set_scale(*search.search_range(rows, layer.weight_quantizer.spec))
+    round_weights(layer, moments_of(layer, x, activations=True))
+    assert output_error(layer, floating, x) <= before
 
 
 def test_a_network_gets_better():
@@ -156,7 +187,7 @@ def test_a_network_gets_better():
         return sum((model(x) - teacher(x)).square().mean().item() for x in fresh)
 
     def moments(activations):
-        with observe_moments(
+        with MomentObserver(
                 model, dict(backbone=chain_of(model)), activations, 4096) as seen:
             for number, x in enumerate(inputs):
                 seen.begin_image(number)
@@ -179,7 +210,7 @@ def test_order_of_images_does_not_matter():
     layer = linear(8, 4, x=torch.cat(x))
 
     def gram(order):
-        with observe_moments(layer, chains(layer), False, 20) as seen:
+        with MomentObserver(layer, chains(layer), False, 20) as seen:
             for number in order:
                 seen.begin_image(number)
                 layer(x[number])
@@ -190,7 +221,7 @@ def test_order_of_images_does_not_matter():
 
 def test_handles_are_removed_where_a_pass_fails():
     model = build_classifier('vit', weight_bits=4, activation_bits=4)
-    with pytest.raises(RuntimeError), observe_moments(model, part_chains(model)[0], False):
+    with pytest.raises(RuntimeError), MomentObserver(model, part_chains(model)[0], False):
         model(pictures('vit'))
         raise RuntimeError
     assert not any(m._forward_pre_hooks for m in model.modules() if isinstance(m, QuantLayer))
