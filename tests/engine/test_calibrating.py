@@ -1,0 +1,128 @@
+"""Which passes calibration takes, with which quantizers on, on which images."""
+import copy
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_classifiers import build_classifier, pictures
+
+from pfcr_mm.engine import calibrating, settings
+from pfcr_mm.engine.calibrating import Calibrating
+from pfcr_mm.modules import QuantLayer, quantizers_of
+
+IMAGES, HELD_OUT = 20, 4
+
+
+class Loop(Calibrating):
+    """What the mixin needs of a loop, and a record of the passes."""
+
+    def __init__(self, quant=(), **options):
+        self.model = build_classifier('vit', weight_bits=4, activation_bits=4, **dict(quant))
+        self.teacher = copy.deepcopy(self.model)
+        pixels = pictures('vit', IMAGES)
+        self.images = Images([(x[None], [None]) for x in pixels])
+        self.calibration = settings.calibration_of(
+            dict(dict(images=IMAGES, search_images=IMAGES, method='mse'), **options))
+        self.learned_on, self.seed, self.device = IMAGES - HELD_OUT, 0, torch.device('cpu')
+        self.folds, self.notes, self.note = {}, [], lambda text: self.notes.append(text)
+        self.runner = SimpleNamespace(logger=logging.getLogger('loop'))
+        self.passes = []
+        for model in (self.model, self.teacher):
+            model.predict = lambda x, samples, rescale, model=model: model(x)
+
+    def _show(self, model, observer, images=None):
+        on = {name.endswith('weight_quantizer'): False for name, _ in quantizers_of(model)}
+        for name, quantizer in quantizers_of(model):
+            on[name.endswith('weight_quantizer')] |= quantizer.enabled
+        seen, begin = [], observer.begin_image
+        observer.begin_image = lambda number: (seen.append(number), begin(number))
+        super()._show(model, observer, images)
+        self.passes.append((type(observer).__name__, on[True], on[False], seen))
+
+
+class Images(list):
+
+    numbers = range(IMAGES)
+
+
+def weights(model):
+    return {name: module.weight.clone() for name, module in model.named_modules()
+            if isinstance(module, QuantLayer)}
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_passes_their_quantizers_and_their_images():
+    """Weights always float; inputs float first, quantized once scales are theirs."""
+    loop = Loop()
+    loop.calibrate()
+    loop.enter_final_stage(loop.model)
+    learned = list(range(IMAGES - HELD_OUT))
+    assert loop.passes == [
+        ('Observer', False, False, learned[:8]),  # sizes of values
+        ('Observer', False, False, learned),
+        ('MomentObserver', False, False, learned),
+        ('Observer', False, True, learned),
+        ('MomentObserver', False, True, learned)]
+    assert all(q.enabled and q.calibrated for _, q in quantizers_of(loop.model))
+
+
+def test_the_end_is_reached_once():
+    loop = Loop()
+    loop.calibrate()
+    loop.enter_final_stage(loop.model)
+    before, count = weights(loop.model), len(loop.passes)
+    assert loop.enter_final_stage(loop.model) == {}
+    assert not changed(before, weights(loop.model)) and len(loop.passes) == count
+
+
+def test_compensate_is_a_switch():
+    ones = [Loop(compensate=strength) for strength in (None, 0.01)]
+    for loop in ones:
+        loop.calibrate()
+    plain, fitted = (weights(loop.model) for loop in ones)
+    assert changed(plain, fitted) > {'backbone.blocks.0.attn.qkv', 'backbone.blocks.0.mlp.fc1'}
+    assert [p[0] for p in ones[0].passes] == ['Observer', 'Observer']
+
+
+@pytest.mark.parametrize('reparam', [True, False], ids=['folded', 'not folded'])
+@pytest.mark.parametrize('compensate', [None, 0.01])
+def test_feed_back_is_a_switch(compensate, reparam):
+    """Whatever else has been done to the weights."""
+    ones = [Loop(dict(reparam=reparam), compensate=compensate, feed_back=on)
+            for on in (False, True)]
+    for loop in ones:
+        loop.calibrate()
+        loop.enter_final_stage(loop.model)
+    plain, fitted = (weights(loop.model) for loop in ones)
+    assert changed(plain, fitted) > {'backbone.blocks.0.attn.qkv', 'backbone.blocks.0.mlp.fc1'}
+
+
+def test_weights_that_stay_float_are_not_rounded():
+    """A stage of POS that learns float weights starts from these."""
+    loop = Loop()
+    loop.calibrate()
+    loop.enter_final_stage(loop.model, rounds=False)
+    folded = weights(loop.model)
+    other = Loop(feed_back=False)
+    other.calibrate()
+    other.enter_final_stage(other.model)
+    assert not changed(folded, weights(other.model))
+
+
+def test_what_is_not_fitted_is_said(caplog):
+    loop = Loop()
+    with caplog.at_level(logging.INFO, 'loop'):
+        loop.calibrate()
+    assert 'backbone.head: not fitted, 16 rows, fewer than 8 x fan-in' in caplog.text
+    assert 'backbone.blocks.0.attn.qkv' not in caplog.text
+
+
+def test_few_images_balance(monkeypatch):
+    monkeypatch.setattr(calibrating, '_BALANCED_BY', 3)
+    loop = Loop()
+    loop.calibrate()
+    assert loop.passes[0] == ('Observer', False, False, [0, 1, 2])
