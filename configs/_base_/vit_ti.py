@@ -36,6 +36,7 @@ quantize_cfg = dict(
         per_level=dict(
             pair=dict(iters=40, weight_lr=1e-4, scale_lr=1e-3, keep_prob=0.75, input_mix=0.75),
             quad=dict(iters=40, weight_lr=5e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0),
-            backbone=dict(weight_lr=2e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0))),
+            backbone=dict(
+                iters=60, weight_lr=2e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0))),
     cache_dtype=None)
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1000))
