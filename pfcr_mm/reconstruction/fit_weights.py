@@ -93,8 +93,7 @@ class MomentObserver(PerImage):
         self._handles = [
             layer.register_forward_pre_hook(self._see(name))
             for name, layer in self.model.named_modules()
-            if isinstance(layer, QuantLayer) and layer.weight_rows() is not None
-            and layer.weight_rows().shape[1] <= MAX_FAN_IN
+            if isinstance(layer, QuantLayer) and _no_moments(layer) is None
         ]
         return self
 
@@ -179,8 +178,9 @@ def round_weights(model, seen):
 
 def _fitted(model, seen):
     """(layer, moments) of the layers that enough rows reached."""
+    left = not_fitted(model, seen)
     return [(layer, seen.layers[name]) for name, layer in model.named_modules()
-            if name in seen.layers and name not in not_fitted(model, seen)]
+            if name in seen.layers and name not in left]
 
 
 def not_fitted(model, seen):
@@ -195,17 +195,28 @@ def not_fitted(model, seen):
     """
     reasons = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, QuantLayer):
-            continue
-        matrix = layer.weight_rows()
-        if matrix is None:
-            reasons[name] = 'no matrix product'
-        elif matrix.shape[1] > MAX_FAN_IN:
-            reasons[name] = f'fan-in {matrix.shape[1]} above {MAX_FAN_IN}'
-        elif seen.layers[name].rows < ROWS_AN_INPUT * matrix.shape[1]:
-            reasons[name] = (f'{seen.layers[name].rows} rows, fewer than {ROWS_AN_INPUT} x fan-in '
-                             f'{matrix.shape[1]}')
+        if isinstance(layer, QuantLayer):
+            reason = _no_moments(layer) or _too_few(layer, seen.layers[name].rows)
+            if reason is not None:
+                reasons[name] = reason
     return reasons
+
+
+def _no_moments(layer):
+    """Why moments of a layer's input are not gathered, or None."""
+    matrix = layer.weight_rows()
+    if matrix is None:
+        return 'no matrix product'
+    if matrix.shape[1] > MAX_FAN_IN:
+        return f'fan-in {matrix.shape[1]} above {MAX_FAN_IN}'
+    return None
+
+
+def _too_few(layer, rows):
+    fan_in = layer.weight_rows().shape[1]
+    if rows < ROWS_AN_INPUT * fan_in:
+        return f'{rows} rows, fewer than {ROWS_AN_INPUT} x fan-in {fan_in}'
+    return None
 
 
 def _has_bias_a_row(layer):
