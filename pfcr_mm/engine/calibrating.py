@@ -1,5 +1,6 @@
 """What a quantization loop knows of calibration: which passes it takes, in which order."""
 import copy
+from contextlib import ExitStack
 
 import torch
 
@@ -34,7 +35,8 @@ class Calibrating:
             make_channelwise(self.model)
         self._search_scales(self.model, activations=True)
         if self.calibration['compensate'] is not None:
-            seen = self._moments(self.model, activations=False)
+            with torch.no_grad(), self._moment_observer(self.model, activations=False) as seen:
+                self._show(self.model, seen)
             compensate_weights(self.model, seen, self.calibration['compensate'])
             self._make_equal(self.model)
             for name, reason in not_fitted(self.model, seen).items():
@@ -55,9 +57,11 @@ class Calibrating:
         folds = reparameterise(model)
         if folds or not all(
                 layer.weight_quantizer.calibrated for layer in _quantized_layers(model)):
-            self._search_scales(model, activations=False)
-            if rounds and self.calibration['feed_back']:
-                round_weights(model, self._moments(model, activations=True))
+            beside = [self._moment_observer(model, activations=True)
+                      ] if rounds and self.calibration['feed_back'] else []
+            self._search_scales(model, activations=False, beside=beside)
+            for seen in beside:
+                round_weights(model, seen)
                 self._make_equal(model)
         set_quantization(model, True, True)
         return folds
@@ -71,7 +75,7 @@ class Calibrating:
             return
         names = {module: name for name, module in self.model.named_modules()}
         with observe(self.model, self.calibration['rows'], self.seed) as seen:
-            self._show(self.model, seen, _BALANCED_BY)
+            self._show(self.model, seen, images=_BALANCED_BY)
         check_seen(seen)
         folds = balance_values(self.model, {
             name: seen.layers[name].rows.std(0) for name in (names[proj] for *_, proj in readers)
@@ -79,32 +83,37 @@ class Calibrating:
         fold_alike(self.teacher, folds)
         self.folds.update(folds)
 
-    def _show(self, model, observer, images=None):
+    def _show(self, model, *observers, images=None):
         """Run `model` on the first calibration images, `search_images` at most, none held out."""
         count = min(self.calibration['search_images'], self.learned_on)
         for number, (inputs, samples) in zip(self.images.numbers, self.images):
             if number >= min(images or count, count):
                 break
-            observer.begin_image(number)
+            for observer in observers:
+                observer.begin_image(number)
             model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
 
-    def _moments(self, model, activations):
-        rows = self.calibration['rows'] // 4
-        with torch.no_grad(), MomentObserver(
-                model, part_chains(model)[0], activations, rows, self.seed) as seen:
-            self._show(model, seen)
-        return seen
+    def _moment_observer(self, model, activations):
+        return MomentObserver(
+            model, part_chains(model)[0], activations, self.calibration['rows'] // 4, self.seed)
 
     def _make_equal(self, model):
         """The same numbers in all processes, to the bit, on any hardware."""
         parallel.copy_from_main([t for t in (*model.parameters(), *model.buffers())
                                  if t.is_floating_point()])
 
-    def _search_scales(self, model, activations):
-        """Of everything by float activations, or of weights by quantized ones."""
+    def _search_scales(self, model, activations, beside=()):
+        """Of everything by float activations, or of weights by quantized ones.
+
+        Observers `beside` see the same pass.
+        """
         options = self.calibration
-        with observe(model, options['rows'], self.seed, activations=not activations) as seen:
-            self._show(model, seen)
+        with ExitStack() as stack:
+            seen = stack.enter_context(
+                observe(model, options['rows'], self.seed, activations=not activations))
+            for observer in beside:
+                stack.enter_context(observer)
+            self._show(model, seen, *beside)
         check_seen(seen)
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
         self._make_equal(model)

@@ -31,14 +31,16 @@ class Loop(Calibrating):
         for model in (self.model, self.teacher):
             model.predict = lambda x, samples, rescale, model=model: model(x)
 
-    def _show(self, model, observer, images=None):
+    def _show(self, model, *observers, images=None):
         on = {name.endswith('weight_quantizer'): False for name, _ in quantizers_of(model)}
         for name, quantizer in quantizers_of(model):
             on[name.endswith('weight_quantizer')] |= quantizer.enabled
-        seen, begin = [], observer.begin_image
-        observer.begin_image = lambda number: (seen.append(number), begin(number))
-        super()._show(model, observer, images)
-        self.passes.append((type(observer).__name__, on[True], on[False], seen))
+        for observer in observers:
+            seen, begin = [], observer.begin_image
+            observer.begin_image = lambda number, seen=seen, begin=begin: (
+                seen.append(number), begin(number))
+            self.passes.append((type(observer).__name__, on[True], on[False], seen))
+        super()._show(model, *observers, images=images)
 
 
 class Images(list):
