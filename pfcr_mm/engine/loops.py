@@ -66,6 +66,9 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         expected (dict | None): float metrics that the checkpoint is known for.
         total_iters (int | None): iterations of all units together; those that the other keys
             give are scaled to it, so that methods compare at equal cost.
+        images_at_once (int | None): of a step's batch, computed together at most, gradients
+            being summed; None is the whole batch. 1 makes the result the same to the bit for
+            any number of processes.
         on_nonfinite (str): where a unit meets NaN or Inf, 'restore' undoes it and goes on,
             'stop' ends the run.
     """
@@ -75,7 +78,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
                  head_levels=('leaf', 'chain'), traversal='post_order', parts=('*', ), pos=None,
                  reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
                  cache_memory_mb=None, cache_dir=None, evaluate=None, expected=None,
-                 total_iters=None, on_nonfinite='restore'):
+                 total_iters=None, images_at_once=None, on_nonfinite='restore'):
         self._runner = runner
         self.calibration = settings.calibration_of(calibration)
         self.levels = check_levels(levels, 'quantize_cfg.levels')
@@ -92,6 +95,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         self.evaluations = settings.evaluate_of(evaluate)
         self.expected = expected
         self.total_iters = settings.total_iters_of(total_iters)
+        self.images_at_once = settings.images_at_once_of(images_at_once)
         self.on_nonfinite = settings.on_nonfinite_of(on_nonfinite)
         self.records, self.notes = [], []
         self.metrics, self.all_metrics, self.val_metrics, self.phases = {}, {}, {}, {}
@@ -213,7 +217,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             return
         self._reconstructor = reconstructor = ChainReconstructor(
             self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
-            self.held_out, self.seed, self.cache, self._faults())
+            self.held_out, self.seed, self.cache, self._faults(), self.images_at_once)
         if done:
             reconstructor.follow(self._paths)
 

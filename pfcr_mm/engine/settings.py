@@ -114,6 +114,13 @@ def total_iters_of(given):
     return given
 
 
+def images_at_once_of(given):
+    """`images_at_once` as it is."""
+    if given is not None:
+        _check_integer(given, 1, 'images_at_once')
+    return given
+
+
 def on_nonfinite_of(given):
     """`on_nonfinite` as it is."""
     if given not in ON_NONFINITE:

@@ -58,26 +58,13 @@ def highest(number):
     return int(found)
 
 
-def sum_gradients(parameters, loss):
-    """Sum gradients over all processes, in place, in few large messages.
-
-    Args:
-        parameters (list[Parameter]): the same in all processes; a process without a
-            gradient counts as zero.
-        loss (Tensor): this process's part of the loss, a scalar.
-
-    Returns:
-        Tensor: the sum of the losses.
-    """
+@torch.no_grad()
+def sum_in_place(tensors):
+    """Sum tensors over all processes, in few large messages."""
     if world_size() == 1:
-        return loss
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    loss = loss.clone()
-    for bucket in _buckets([loss, *(p.grad for p in parameters)]):
+        return
+    for bucket in _buckets(tensors):
         _over_flat(bucket, distributed.all_reduce)
-    return loss
 
 
 @torch.no_grad()

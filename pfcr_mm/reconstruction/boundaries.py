@@ -15,10 +15,12 @@ class Boundaries:
         stream (Stream): at position 0.
         device (torch.device): where to compute.
         cache (FeatureCache | None): keeps the streams.
+        at_once (int | None): images computed together at most.
     """
 
-    def __init__(self, chain, stream, device, cache=None):
-        self.chain, self.device, self.cache = chain, device, cache
+    def __init__(self, chain, stream, device, cache=None, at_once=None):
+        self.chain, self.device = chain, device
+        self.cache, self.at_once = cache, at_once
         self.streams, self.paths = {0: stream}, {0: ()}
 
     def at(self, position):
@@ -67,7 +69,8 @@ class Boundaries:
 
     def _advance(self, stream, start, stop):
         return advance(
-            self.chain, stream, start, stop, self.device, cache=self.cache, sides=False)[0]
+            self.chain, stream, start, stop, self.device, self.at_once, self.cache,
+            sides=False)[0]
 
     def _keep(self, wanted):
         for boundary in [b for b in self.streams if not wanted(b)]:

@@ -13,6 +13,8 @@ from ..modules import weights_once
 from .cache import FeatureCache
 from .faults import BatchLimit
 
+_AT_ONCE = 8
+
 
 class Stream:
     """One State an image, kept on the CPU; batches are drawn among equal shapes.
@@ -119,7 +121,7 @@ class Targets(Sequence):
 
 
 @torch.no_grad()
-def advance(chain, stream, start, stop, device, batch_size=8, cache=None, sides=True):
+def advance(chain, stream, start, stop, device, at_once=None, cache=None, sides=True):
     """Run leaves [start, stop) over a stream.
 
     Args:
@@ -127,7 +129,7 @@ def advance(chain, stream, start, stop, device, batch_size=8, cache=None, sides=
         stream (Stream): the states before `start`.
         start, stop (int): leaves.
         device (torch.device): where to compute.
-        batch_size (int): images at a time.
+        at_once (int | None): images computed together at most, and 8 at most.
         cache (FeatureCache | None): keeps what comes out; None keeps it in memory as it is.
         sides (bool): whether side outputs are wanted.
 
@@ -135,7 +137,7 @@ def advance(chain, stream, start, stop, device, batch_size=8, cache=None, sides=
         tuple[Stream, Stream | None]: the states after `stop`, and the side outputs on the way.
     """
     cache = cache or FeatureCache()
-    limit = BatchLimit(batch_size, f'{chain.name} between its units', _log)
+    limit = BatchLimit(min(_AT_ONCE, at_once or _AT_ONCE), f'{chain.name} between its units', _log)
     with weights_once([m for leaf in chain.leaves[start:stop] for m in leaf.modules]):
         return limit.run(
             lambda size: _advance(chain, stream, start, stop, device, size, cache, sides))

@@ -102,17 +102,16 @@ def split_batch(state, target, sizes, limit):
         limit (int): entries a part.
 
     Yields:
-        tuple[State, tuple[Tensor], float, slice]: state, target, share of all rows, and
-        which entries they are.
+        tuple[State, tuple[Tensor], int, slice]: state, target, rows, and which entries they are.
     """
     total, start = sum(sizes), 0
     for k in range(0, len(sizes), limit):
         stop = start + sum(sizes[k:k + limit])
         if (start, stop) == (0, total):
-            yield state, target, 1.0, slice(None)
+            yield state, target, total, slice(None)
         elif stop > start:
             yield (state._replace(tensors=tuple(t[start:stop] for t in state.tensors)),
-                   tuple(t[start:stop] for t in target), (stop - start) / total,
+                   tuple(t[start:stop] for t in target), stop - start,
                    slice(k, k + limit))
         start = stop
 

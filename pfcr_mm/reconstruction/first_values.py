@@ -1,4 +1,7 @@
 """What the terms of a mixed loss are divided by, alike in all processes."""
+import itertools
+import math
+
 import torch
 
 from .. import parallel
@@ -9,7 +12,7 @@ _LEAST = 1e-12
 
 
 def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held_out, device,
-                      tell=print):
+                      tell=print, at_once=None):
     """Give mixed losses the values of their terms in the first batch of held-out images.
 
     Each process computes what it holds of that batch, weighted by its share of the rows;
@@ -18,7 +21,7 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
     Args:
         loss_of (callable): the unit's loss.
         mixed (list[MixedLoss]): in it, at any depth; as many in all processes.
-        chain, unit, inputs, targets, config, held_out, device: see `reconstruct`.
+        chain, unit, inputs, targets, config, held_out, device, at_once: see `reconstruct`.
         tell (callable): takes a line where memory runs out.
     """
     if not mixed:
@@ -31,7 +34,7 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
 
     @torch.no_grad()
     def compute(size):
-        sums = [[0.0] * len(loss.terms) for loss in mixed]
+        parts = [[[] for _ in loss.terms] for loss in mixed]
         for k in range(0, len(mine), size):
             pick = mine[k:k + size]
             for loss in mixed:
@@ -42,12 +45,13 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
                 for parts in zip(*(targets[i] for i in pick))))
             rows = sum(inputs.states[i].rows for i in pick)
             share = rows / roll.rows_of(chosen)
-            for found, loss in zip(sums, mixed):
-                found[:] = [known + share * float(value or 0.0)
-                            for known, value in zip(found, loss.first)]
-        return sums
+            for found, loss in zip(parts, mixed):
+                for values, value in zip(found, loss.first):
+                    values.append(share * float(value or 0.0))
+        return parts
 
-    sums = BatchLimit(config.batch_size, unit.name, tell).run(compute)
-    parts = parallel.gather(sums)
+    limit = BatchLimit(min(config.batch_size, at_once or config.batch_size), unit.name, tell)
+    shares = parallel.gather(limit.run(compute))
     for number, loss in enumerate(mixed):
-        loss.first = [max(sum(column), _LEAST) for column in zip(*(p[number] for p in parts))]
+        loss.first = [max(math.fsum(itertools.chain(*column)), _LEAST)
+                      for column in zip(*(share[number] for share in shares))]

@@ -151,7 +151,7 @@ class LayersLoss(_Guided):
         spreads = zip(*([x.float().std() for x in t[self.part]] for t in targets))
         images = parallel.total(len(targets))
         self.spread = [(total / images).clamp(min=1e-6) for total in _summed(
-            torch.stack(layer).sum() for layer in spreads)]
+            torch.stack(layer).double().sum() for layer in spreads)]
 
     def __call__(self, outputs, targets):
         losses = []
@@ -216,8 +216,8 @@ class APHLoss(_Guided):
 
     def _curvature(self, context, step):
         size, finals, images = self._sizes(context)
-        moves = [step * power.sqrt().to(context.device) for power in size]
-        finals = [power.clamp(min=1e-12).to(context.device) for power in finals]
+        moves = [step * power.sqrt().float().to(context.device) for power in size]
+        finals = [power.clamp(min=1e-12).float().to(context.device) for power in finals]
         totals, energy = [0.0] * self.count, [0.0] * self.count
         fixed = len(context.outputs.roll_call().buckets) == 1
         for state in context.batches():
@@ -232,10 +232,10 @@ class APHLoss(_Guided):
                     change, x = (v.mean(axes, keepdim=True) for v in (change, x.square()))
                 else:
                     x = x.square()
-                totals[i] = totals[i] + change.sum(0, keepdim=True)
-                energy[i] = energy[i] + (x * change).mean((*range(1, x.dim()), )).sum()
+                totals[i] = totals[i] + change.double().sum(0, keepdim=True)
+                energy[i] = energy[i] + (x * change).mean((*range(1, x.dim()), )).double().sum()
         # of a target that is all missed the loss is one
-        return [(total / (power / images).clamp(min=1e-20) / images).to(context.device)
+        return [(total / (power / images).clamp(min=1e-20) / images).float().to(context.device)
                 for total, power in zip(_summed(totals), _summed(energy))]
 
     @torch.no_grad()
@@ -268,8 +268,8 @@ class APHLoss(_Guided):
 
 
 def _row_squares(x):
-    """Mean square of each row (an image, or a region of one), summed over rows."""
-    return x.square().flatten(1).mean(1).sum()
+    """Mean square of each row (an image, or a region of one), summed over rows in double."""
+    return x.square().flatten(1).mean(1).double().sum()
 
 
 def _summed(values):

@@ -40,9 +40,9 @@ class MSELoss:
         count = energy = 0
         for t in tensors:
             count += t.numel()
-            energy = energy + t.float().square().sum()
+            energy = energy + t.float().square().sum().double()
         count, energy = (parallel.total(own) for own in (count, energy))
-        return 1.0 / (energy / max(1, count)).clamp(min=1e-12)
+        return (1.0 / (energy / max(1, count)).clamp(min=1e-12)).float()
 
     def __call__(self, outputs, targets):
         """Mean over the output tensors, each with equal weight."""

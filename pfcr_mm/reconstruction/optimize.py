@@ -1,4 +1,5 @@
 """Reconstruct one unit: make its quantized output match its float output."""
+import itertools
 import math
 import time
 from contextlib import contextmanager
@@ -107,7 +108,8 @@ class UnitRecord:
 
 
 def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, learn_weights,
-                held_out, generator, device, on_step=None, faults=None, loss_of=None):
+                held_out, generator, device, on_step=None, faults=None, loss_of=None,
+                at_once=None):
     """Learn rounding, scales and biases of a unit; undo it where the held-out loss rose.
 
     Of several processes all draw the same batches, and each computes the part of it that
@@ -129,6 +131,8 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         on_step (callable | None): called with (step, loss).
         faults (Faults | None): what to do where memory runs out or a loss is no number.
         loss_of (callable | None): the loss where it is built already, else config.loss.
+        at_once (int | None): images computed together at most, whatever the batch; with 1 all
+            is the same to the bit for any number of processes.
 
     Returns:
         dict: loss_before, loss_after (what learning reached, also where it was undone),
@@ -139,7 +143,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     """
     began = time.time()
     faults = faults or Faults()
-    limit = BatchLimit(config.batch_size, unit.name, faults.tell)
+    limit = BatchLimit(min(config.batch_size, at_once or config.batch_size), unit.name, faults.tell)
     roll = quantized_inputs.roll_call()
     learn_on, accept_on = split(roll.rows, held_out)
     held = quantized_inputs.held
@@ -151,7 +155,8 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         with weights_once(modules):
             own = limit.run(lambda size: _held_out_loss(
                 chain, unit, quantized_inputs, targets, held(accept_on), loss_of, size, device))
-        return parallel.total(own) / max(1, roll.rows_of(accept_on))
+        found = itertools.chain(*parallel.gather(own))
+        return math.fsum(found) / max(1, roll.rows_of(accept_on))
 
     def look():
         with learned.paused():
@@ -189,8 +194,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                         quantized_inputs, float_inputs, targets, mine, step, noise, device,
                         config.input_mix, roll.rows_of(pick))
                 loss = limit.run(partial(
-                    learned.backward, chain, unit, batch, loss_of, progress))
-                loss = parallel.sum_gradients(learned.parameters, loss.to(device))
+                    learned.backward, chain, unit, batch, loss_of, progress)).settle(device)
                 if step % every == 0:
                     check(loss.item(), f'loss of step {step}', mine)
                 learned.update()
@@ -223,7 +227,7 @@ class Batch:
         target (tuple[Tensor]): what its output should be.
         numbers (list[int]): of the images.
         sizes (list[int]): rows of each.
-        share (float): of the rows of the whole batch.
+        rows (int): of the whole batch, over all processes.
         step (int): of the optimisation.
         noise (ImageNoise): draws what is quantized (QDrop).
     """
@@ -232,7 +236,7 @@ class Batch:
     target: tuple
     numbers: list
     sizes: list
-    share: float
+    rows: int
     step: int
     noise: ImageNoise
 
@@ -245,15 +249,14 @@ class Batch:
         if input_mix < 1.0:
             noise.begin('input', step, numbers, sizes)
             state = _mix(state, floating.batch(indices, device), input_mix, noise)
-        return cls(state, _collate(targets, indices, device), numbers, sizes, sum(sizes) / rows,
-                   step, noise)
+        return cls(state, _collate(targets, indices, device), numbers, sizes, rows, step, noise)
 
     def parts(self, limit):
         """Parts of at most `limit` images: state, target and share of the whole batch."""
-        for state, target, share, some in split_batch(
+        for state, target, rows, some in split_batch(
                 self.state, self.target, self.sizes, limit):
             self.noise.begin('inside', self.step, self.numbers[some], self.sizes[some])
-            yield state, target, share * self.share
+            yield state, target, rows / self.rows
 
 
 @contextmanager
@@ -342,10 +345,9 @@ class LearnedParameters:
         `batch` is None where it holds none of the batch's images.
 
         Returns:
-            Tensor: its part of the loss, detached.
+            GradientSum: its part; those of all processes are to be settled.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros(())
+        found = parallel.GradientSum(self.parameters)
         if parallel.is_main():  # once a step, over all parts and processes
             extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
             if torch.is_tensor(extra):
@@ -355,10 +357,8 @@ class LearnedParameters:
         for state, target, share in batch.parts(limit) if batch else ():
             with weights_once(self.modules):
                 output, side = chain.run(state, unit.start, unit.stop)
-                loss = loss_of(output.tensors + side, target) * share
-                loss.backward()
-            total = total.to(loss) + loss.detach()
-        return total
+                found.backward(loss_of(output.tensors + side, target) * share)
+        return found
 
     def update(self):
         """One step of the optimiser along the gradient."""
@@ -413,8 +413,8 @@ def restore(modules, saved):
 
 @torch.no_grad()
 def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, device):
-    """Sum over the rows of the entries `indices`."""
-    total = 0.0
+    """What sums over the rows of the entries `indices`, by batches."""
+    found = []
     wanted = set(indices)
     for bucket in inputs.buckets():
         bucket = [i for i in bucket if i in wanted]
@@ -422,8 +422,8 @@ def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, d
             pick = bucket[k:k + batch_size]
             state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
             loss = loss_of(state.tensors + side, _collate(targets, pick, device))
-            total += float(loss) * sum(inputs.states[i].rows for i in pick)
-    return total
+            found.append(float(loss) * sum(inputs.states[i].rows for i in pick))
+    return found
 
 
 def _collate(targets, pick, device):

@@ -31,15 +31,16 @@ class ChainReconstructor:
         seed (int): draws batches, with the unit's place in the schedule.
         cache (FeatureCache | None): keeps the streams; None keeps them in memory as they are.
         faults (Faults | None): what to do where memory runs out or a loss is no number.
+        at_once (int | None): images computed together at most, whatever a step's batch.
     """
 
     def __init__(self, chain, teacher_chain, quantized, floating, device, held_out, seed,
-                 cache=None, faults=None):
+                 cache=None, faults=None, at_once=None):
         self.chain, self.teacher_chain = chain, teacher_chain
         self.device, self.held_out, self.seed = device, held_out, seed
-        self.cache, self.faults = cache, faults
-        self.quantized = Boundaries(chain, quantized, device, cache)
-        self.floating = Boundaries(teacher_chain, floating, device, cache)
+        self.cache, self.faults, self.at_once = cache, faults, at_once
+        self.quantized = Boundaries(chain, quantized, device, cache, at_once)
+        self.floating = Boundaries(teacher_chain, floating, device, cache, at_once)
 
     def paths(self):
         """How the streams that are kept came to be: what `follow` needs."""
@@ -87,29 +88,31 @@ class ChainReconstructor:
         chain, float_chain = (view_of(c, unit, wants, self.teacher_chain)
                               for c in (self.chain, self.teacher_chain))
         float_outputs, float_side = advance(
-            float_chain, float_inputs, unit.start, unit.stop, self.device, cache=self.cache)
+            float_chain, float_inputs, unit.start, unit.stop, self.device, self.at_once,
+            self.cache)
         targets = Targets(float_outputs, float_side)
         seed = self.seed * 100003 + number
         context = self._context(
             float_chain, unit, len(targets[0]) if targets else 0, float_outputs,
-            config.batch_size)
+            min(config.batch_size, self.at_once or config.batch_size))
         loss_of = build_loss(config.loss, targets, self.chain.channel_axis, context)
         take_first_values(
             loss_of, context.mixed, chain, unit, inputs, targets, config, self.held_out,
-            self.device, self.faults.tell if self.faults else print)
+            self.device, self.faults.tell if self.faults else print, self.at_once)
         with torch.random.fork_rng([self.device] if self.device.type == 'cuda' else []):
             torch.manual_seed(seed)  # for what does not draw by image; batches do
             result = reconstruct(
                 chain, unit, inputs, float_inputs, targets, config, stage.learns, self.held_out,
-                torch.Generator().manual_seed(seed), self.device, on_step, self.faults, loss_of)
+                torch.Generator().manual_seed(seed), self.device, on_step, self.faults, loss_of,
+                self.at_once)
 
         self.quantized.drop_after(unit.start)  # computed before this unit changed
         # what follows a single layer is not known until its leaf is run
         if unit.stop < len(self.chain.leaves) and not unit.layer:
             self.floating.put(unit.stop, unit.start, float_outputs)
             outputs, _ = advance(
-                self.chain, inputs, unit.start, unit.stop, self.device, cache=self.cache,
-                sides=False)
+                self.chain, inputs, unit.start, unit.stop, self.device, self.at_once,
+                self.cache, sides=False)
             self.quantized.put(unit.stop, unit.start, outputs)
         return UnitRecord(unit.name, unit.chain, unit.level, stage.number, **result)
 

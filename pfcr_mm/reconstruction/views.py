@@ -82,7 +82,8 @@ class UnitView:
         if self.unit.layer:
             self.sizes = {UNIT: len(layers)}
             return State((), state.meta), layers
-        final = self.finish(state) if FINAL in self.wants else ()
+        # the norm of a detector's last map has nothing behind it but what it gives itself
+        final = (self.finish(state) or side) if FINAL in self.wants else ()
         self.sizes = {UNIT: len(state.tensors) + len(side), LAYERS: len(layers),
                       FINAL: len(final)}
         return state, side + layers + final

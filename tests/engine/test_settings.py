@@ -39,6 +39,7 @@ def test_heads_inherit_what_they_do_not_override():
     (settings.cache_dir_of, 5, 'cache_dir=5 is neither None nor a path'),
     (settings.evaluate_of, dict(all=True), 'evaluate.all is not a known key'),
     (settings.total_iters_of, 0, 'total_iters=0 is not an integer of 1 or more'),
+    (settings.images_at_once_of, 0, 'images_at_once=0 is not an integer of 1 or more'),
     (settings.on_nonfinite_of, 'hope', "on_nonfinite='hope' is not known"),
 ], ids=lambda value: getattr(value, '__name__', str(value)))
 def test_a_mistake_is_named(check, value, words):

@@ -34,10 +34,11 @@ def ranks(tmp_path):
 
 
 def test_one_process_talks_to_nobody():
-    parameter = torch.nn.Parameter(torch.ones(2))
     assert parallel.gather(5) == [5] and parallel.total(2.5) == 2.5
     assert parallel.highest(3) == 3 and parallel.from_main(lambda: 'x') == 'x'
-    assert parallel.sum_gradients([parameter], torch.tensor(2.)) == 2 and parameter.grad is None
+    left = torch.ones(2)
+    parallel.sum_in_place([left])
+    assert left.tolist() == [1, 1]
     assert parallel.whole(['a', 'b']) == ['a', 'b'] and parallel.numbers_of('ab') == [0, 1]
     assert parallel.is_main() and parallel.world_size() == 1
     parallel.start('none', 'test')
@@ -57,11 +58,12 @@ def test_what_all_say_is_put_together(ranks):
         shard = parallel.Shard('abcde'[rank::3], range(5)[rank::3])
         assert parallel.whole(shard) == list('abcde')
 
-        first, second = (torch.nn.Parameter(torch.zeros(n)) for n in (3, 2))
+        first, second = (torch.nn.Parameter(torch.ones(n)) for n in (3, 2))
+        found = parallel.GradientSum([first, second])
         if rank:  # 0 has none of the batch
-            first.grad = torch.full((3, ), float(rank))
-        loss = parallel.sum_gradients([first, second], torch.tensor(float(rank)))
-        assert loss == 3 and first.grad.tolist() == [3] * 3 and second.grad.tolist() == [0] * 2
+            found.backward(rank * first.sum())
+        assert found.settle(torch.device('cpu')) == 9
+        assert first.grad.tolist() == [3] * 3 and second.grad.tolist() == [0] * 2
 
         copied = [torch.full((2, 2), float(rank)), torch.full((1, ), rank + 0.5).double()]
         parallel.copy_from_main(copied)

@@ -178,6 +178,27 @@ def test_two_processes_write_one_report(alone, two):
     assert len(page.images) == len(list((folder / 'report_figures').iterdir())) >= 10
 
 
+@pytest.mark.parametrize(('seed', 'loss'), [(2, 'channel_mse'), (3, 'mse_final')])
+def test_image_by_image_it_is_the_same_to_the_bit(quick, quantize, tmp_path, seed, loss):
+    """Also with the seeds of which a loss depends on the order of a sum."""
+    extra = ['quantize_cfg.images_at_once=1', f'randomness.seed={seed}',
+             f'quantize_cfg.reconstruction.loss={loss}', 'quantize_cfg.evaluate.calibrated=False']
+    MMLogger._instance_dict.clear()
+    assert cli.quant_main(quick(tmp_path / '1', extra=extra)) == 0
+    for size in (2, 3):
+        group = quantize(size, quick(tmp_path / str(size), extra=extra))
+        assert group.wait(600) == [0] * size, group.errors()
+    reports = [report_of(tmp_path / str(size)) for size in (1, 2, 3)]
+    losses = [[(u['name'], u['accepted'], u['loss_before'], u['loss_after'])
+               for u in report['units']] for report in reports]
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) > 10
+    assert reports[0]['quantized'] == reports[1]['quantized'] == reports[2]['quantized']
+    states = [torch.load(tmp_path / str(size) / 'quantized.pth', weights_only=True)['state_dict']
+              for size in (1, 2, 3)]
+    for key, value in states[0].items():
+        assert all(torch.equal(value, other[key]) for other in states[1:]), key
+
+
 def test_a_killed_process_and_on_with_two(quick, alone, quantize, tmp_path):
     """One of three is killed within a unit; two go on from its last checkpoint."""
     folder = tmp_path / 'run'
