@@ -37,6 +37,7 @@ class Calibrating:
         if self.calibration['compensate'] is not None:
             with torch.no_grad(), self._moment_observer(self.model, activations=False) as seen:
                 self._show(self.model, seen)
+                self._show(self.model, seen, views=True)
             compensate_weights(self.model, seen, self.calibration['compensate'])
             self._make_equal(self.model)
             for name, reason in not_fitted(self.model, seen).items():
@@ -83,12 +84,19 @@ class Calibrating:
         fold_alike(self.teacher, folds)
         self.folds.update(folds)
 
-    def _show(self, model, *observers, images=None):
-        """Run `model` on the first calibration images, `search_images` at most, none held out."""
-        count = min(self.calibration['search_images'], self.learned_on)
-        for number, (inputs, samples) in zip(self.images.numbers, self.images):
-            if number >= min(images or count, count):
+    def _show(self, model, *observers, images=None, views=False):
+        """Run `model` on the first calibration images, `search_images` at most, none held out.
+
+        With `views` on their further views instead, see `with_views`.
+        """
+        count = min(images or self.learned_on, self.calibration['search_images'])
+        for index, number in enumerate(self.images.numbers):
+            view, place = divmod(number, self.learned_on)
+            if view >= self.calibration['views']:
                 break
+            if place >= count or bool(view) is not views:
+                continue
+            inputs, samples = self.images[index]
             for observer in observers:
                 observer.begin_image(number)
             model.predict(inputs.to(self.device), copy.deepcopy(samples), rescale=False)
@@ -105,15 +113,16 @@ class Calibrating:
     def _search_scales(self, model, activations, beside=()):
         """Of everything by float activations, or of weights by quantized ones.
 
-        Observers `beside` see the same pass.
+        Observers `beside` see the same pass, and further views of the images.
         """
         options = self.calibration
         with ExitStack() as stack:
-            seen = stack.enter_context(
-                observe(model, options['rows'], self.seed, activations=not activations))
             for observer in beside:
                 stack.enter_context(observer)
-            self._show(model, seen, *beside)
+            with observe(model, options['rows'], self.seed, activations=not activations) as seen:
+                self._show(model, seen, *beside)
+            if beside:
+                self._show(model, *beside, views=True)
         check_seen(seen)
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
         self._make_equal(model)

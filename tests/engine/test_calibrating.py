@@ -5,11 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.structures import DetDataSample
 from tiny_classifiers import build_classifier, pictures
 
 from pfcr_mm.engine import calibrating, settings
+from pfcr_mm.engine.augment import with_views
 from pfcr_mm.engine.calibrating import Calibrating
+from pfcr_mm.models.chain import State
 from pfcr_mm.modules import QuantLayer, quantizers_of
+from pfcr_mm.reconstruction.capture import Images
 
 IMAGES, HELD_OUT = 20, 4
 
@@ -21,17 +25,19 @@ class Loop(Calibrating):
         self.model = build_classifier('vit', weight_bits=4, activation_bits=4, **dict(quant))
         self.teacher = copy.deepcopy(self.model)
         pixels = pictures('vit', IMAGES)
-        self.images = Images([(x[None], [None]) for x in pixels])
+        states = [State((x[None], )) for x in pixels]
         self.calibration = settings.calibration_of(
             dict(dict(images=IMAGES, search_images=IMAGES, method='mse'), **options))
         self.learned_on, self.seed, self.device = IMAGES - HELD_OUT, 0, torch.device('cpu')
+        self.images = with_views(Images(states, [[DetDataSample()]] * IMAGES, range(IMAGES)),
+                                 self.calibration['views'], self.learned_on, 0)
         self.folds, self.notes, self.note = {}, [], lambda text: self.notes.append(text)
         self.runner = SimpleNamespace(logger=logging.getLogger('loop'))
         self.passes = []
         for model in (self.model, self.teacher):
             model.predict = lambda x, samples, rescale, model=model: model(x)
 
-    def _show(self, model, *observers, images=None):
+    def _show(self, model, *observers, images=None, views=False):
         on = {name.endswith('weight_quantizer'): False for name, _ in quantizers_of(model)}
         for name, quantizer in quantizers_of(model):
             on[name.endswith('weight_quantizer')] |= quantizer.enabled
@@ -40,12 +46,10 @@ class Loop(Calibrating):
             observer.begin_image = lambda number, seen=seen, begin=begin: (
                 seen.append(number), begin(number))
             self.passes.append((type(observer).__name__, on[True], on[False], seen))
-        super()._show(model, *observers, images=images)
-
-
-class Images(list):
-
-    numbers = range(IMAGES)
+        super()._show(model, *observers, images=images, views=views)
+        for observer in observers:
+            del observer.begin_image
+        self.passes = [shown for shown in self.passes if shown[-1]]
 
 
 def weights(model):
@@ -70,6 +74,19 @@ def test_passes_their_quantizers_and_their_images():
         ('Observer', False, True, learned),
         ('MomentObserver', False, True, learned)]
     assert all(q.enabled and q.calibrated for _, q in quantizers_of(loop.model))
+
+
+def test_fits_see_all_views_and_scales_the_images_alone():
+    """Views are no images held out, which come behind them."""
+    loop = Loop(views=3, search_images=6)
+    loop.calibrate()
+    loop.enter_final_stage(loop.model)
+    learned = IMAGES - HELD_OUT
+    first = list(range(6))
+    others = [*range(learned, learned + 6), *range(2 * learned, 2 * learned + 6)]
+    assert [seen for name, *_, seen in loop.passes if name == 'MomentObserver'] == [
+        first, others, first, others]
+    assert [seen for name, *_, seen in loop.passes if name == 'Observer'] == [first] * 3
 
 
 def test_the_end_is_reached_once():
