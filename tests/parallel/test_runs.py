@@ -7,7 +7,7 @@ import demo_runs
 import pytest
 import ranks
 import torch
-from demo_runs import W4A4, arguments
+from demo_runs import W4A4, arguments, load_tool
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
 from pages import Page
@@ -16,6 +16,8 @@ from pfcr_mm import cli, parallel
 from pfcr_mm.engine.resume import RunCheckpoints
 from pfcr_mm.reconstruction.losses import MSELoss
 from pfcr_mm.registry import HOOKS, RECONSTRUCTION_LOSSES
+
+compare_runs = load_tool('dev/compare_runs')
 
 
 @RECONSTRUCTION_LOSSES.register_module(name='own_of_runs_test', force=True)
@@ -179,7 +181,8 @@ def test_two_processes_write_one_report(alone, two):
 
 
 @pytest.mark.parametrize(('seed', 'loss'), [(2, 'channel_mse'), (3, 'mse_final')])
-def test_image_by_image_it_is_the_same_to_the_bit(quick, quantize, tmp_path, seed, loss):
+def test_image_by_image_it_is_the_same_to_the_bit(
+        quick, quantize, tmp_path, capsys, monkeypatch, seed, loss):
     """Also with the seeds of which a loss depends on the order of a sum."""
     extra = ['quantize_cfg.images_at_once=1', f'randomness.seed={seed}',
              f'quantize_cfg.reconstruction.loss={loss}', 'quantize_cfg.evaluate.calibrated=False']
@@ -188,15 +191,35 @@ def test_image_by_image_it_is_the_same_to_the_bit(quick, quantize, tmp_path, see
     for size in (2, 3):
         group = quantize(size, quick(tmp_path / str(size), extra=extra))
         assert group.wait(600) == [0] * size, group.errors()
-    reports = [report_of(tmp_path / str(size)) for size in (1, 2, 3)]
-    losses = [[(u['name'], u['accepted'], u['loss_before'], u['loss_after'])
-               for u in report['units']] for report in reports]
-    assert losses[0] == losses[1] == losses[2] and len(losses[0]) > 10
-    assert reports[0]['quantized'] == reports[1]['quantized'] == reports[2]['quantized']
-    states = [torch.load(tmp_path / str(size) / 'quantized.pth', weights_only=True)['state_dict']
-              for size in (1, 2, 3)]
-    for key, value in states[0].items():
-        assert all(torch.equal(value, other[key]) for other in states[1:]), key
+    monkeypatch.setattr('sys.argv', ['compare', *(str(tmp_path / str(n)) for n in (1, 2, 3))])
+    capsys.readouterr()
+    assert compare_runs.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and len(report_of(tmp_path / '1')['units']) == 27
+    for line, size in zip(lines, (2, 3)):
+        assert f'{size} processes against 1: 27 units, losses within 0.0e+00, 0 decisions' in line
+        assert 'bbox_mAP within 0.0000' in line and line.endswith('the same to the bit')
+
+
+def test_runs_that_differ_are_told(alone, two, tmp_path, capsys, monkeypatch):
+    """A loss, a decision, an AP, a weight; and a run that has not ended."""
+    other = tmp_path / 'other'
+    other.mkdir()
+    report = report_of(two[0])
+    report['units'][3]['loss_after'] *= 1.01
+    report['units'][5]['accepted'] ^= True
+    report['quantized']['bbox_mAP'] += 0.01
+    (other / 'report.json').write_text(json.dumps(report))
+    monkeypatch.setattr('sys.argv', ['compare', str(alone), str(other)])
+    with pytest.raises(SystemExit, match='quantized.pth is missing: the run has not ended'):
+        compare_runs.main()
+    saved = torch.load(alone / 'quantized.pth', weights_only=True)
+    next(v for v in saved['state_dict'].values() if v.is_floating_point()).view(-1)[0] += 1
+    torch.save(saved, other / 'quantized.pth')
+    assert compare_runs.main() == 1
+    line = capsys.readouterr().out
+    assert 'losses within 1.0e-02, 1 decisions differ' in line
+    assert 'bbox_mAP within 0.01' in line and line.endswith('weights differ\n')
 
 
 def test_a_killed_process_and_on_with_two(quick, alone, quantize, tmp_path):
