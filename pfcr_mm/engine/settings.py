@@ -11,7 +11,7 @@ from ..reconstruction.units import check_levels
 
 _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None, views=1, compensate=0.01, feed_back=True)
+    dataset=None, views=1, compensate=None, feed_back=False)
 _ROIS = dict(proposals=64, detections=16)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 

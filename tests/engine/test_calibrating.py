@@ -27,7 +27,8 @@ class Loop(Calibrating):
         pixels = pictures('vit', IMAGES)
         states = [State((x[None], )) for x in pixels]
         self.calibration = settings.calibration_of(
-            dict(dict(images=IMAGES, search_images=IMAGES, method='mse'), **options))
+            dict(dict(images=IMAGES, search_images=IMAGES, method='mse', compensate=0.01,
+                      feed_back=True), **options))
         self.learned_on, self.seed, self.device = IMAGES - HELD_OUT, 0, torch.device('cpu')
         self.images = with_views(Images(states, [[DetDataSample()]] * IMAGES, range(IMAGES)),
                                  self.calibration['views'], self.learned_on, 0)
