@@ -10,7 +10,9 @@ It defines new keys only, so it inherits beside any other base.
 runner_type = 'pfcr_mm.QuantRunner'
 quantize_cfg = dict(
     type='pfcr_mm.PFCRLoop',
-    calibration=dict(images=256, held_out=32, search_images=32, method='output'),
+    calibration=dict(
+        images=256, held_out=32, search_images=32, method='output', compensate=None,
+        feed_back=False),
     levels=['leaf', 'block', 'pair', 'stage', 'backbone'],
     head_levels=['leaf', 'chain'],
     traversal='post_order',

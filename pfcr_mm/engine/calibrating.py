@@ -122,7 +122,8 @@ class Calibrating:
             with observe(model, options['rows'], self.seed, activations=not activations) as seen:
                 self._show(model, seen, *beside)
             if beside:
-                self._show(model, *beside, views=True)
+                with torch.no_grad():
+                    self._show(model, *beside, views=True)
         check_seen(seen)
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
         self._make_equal(model)

@@ -44,8 +44,9 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
     Args:
         runner (QuantRunner): the runner.
         calibration (dict): images, held_out (of these, for accepting units),
-            search_images (of these, for scales and fits; none held out), method, rounds, rows,
-            dataset, views (of each image learned from, see `with_views`), compensate (strength
+            search_images (of these, for scales and, in all views, fits; none held out),
+            method, rounds, rows, dataset,
+            views (of each image learned from, see `with_views`), compensate (strength
             of the ridge by which weights make up for quantized inputs, such as 0.01; None
             leaves them), feed_back (whether rounding makes up for its errors). See
             `fit_weights`.

@@ -114,7 +114,8 @@ class Resumable:
         set_random_state(state['random'])
         for key, value in environment().items():
             before = state['environment'].get(key)
-            if before != value:
+            same = key == 'processes' and self.images_at_once == 1
+            if before != value and not same:
                 self.note(f'resumed with {key} {value} after {before}: the result may differ in '
                           'its last bits from that of a run in one piece')
 

@@ -9,16 +9,18 @@ class GradientSum:
 
     Sums are in double and rounded once, at the end: whatever the order of the parts and
     whoever computes them, the same float32 comes out (but for one in hundreds of millions).
-    Where one process computes all at once nothing is added, and nothing is copied.
+    A step that one process computes in one part is left as autograd leaves it.
 
     Args:
         parameters (list[Parameter]): the same in all processes.
+        device (torch.device): of the sums.
     """
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, device):
         self.parameters = parameters
         self.sums = None
-        self.loss = torch.zeros((), dtype=torch.float64)
+        self.given = [0] * len(parameters)  # parts that have a gradient
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
         for parameter in parameters:
             parameter.grad = None
 
@@ -26,34 +28,37 @@ class GradientSum:
         """Add a part: its loss, a scalar, and the gradients of it."""
         self._take()
         loss.backward()
-        self.loss = self.loss.to(loss.device) + loss.detach()
+        self.loss += loss.detach()
+        if world_size() > 1:  # here, where memory that runs out is met by smaller parts
+            self._take()
 
-    def settle(self, device):
+    def settle(self):
         """Leave the sums over all processes in `parameters`.
 
-        A process without a part counts as zero.
+        A parameter without a gradient from anyone has none.
 
         Returns:
             Tensor: the sum of the losses, in double.
         """
-        self.loss = self.loss.to(device)
-        if self.sums is not None or world_size() > 1:
-            self._take()
-            if self.sums is None:
-                self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in self.parameters]
-            sum_in_place([self.loss, *self.sums])
-            for parameter, found in zip(self.parameters, self.sums):
-                parameter.grad = found.to(parameter.dtype)
+        if self.sums is None and world_size() == 1:
+            return self.loss
+        self._take()
+        self._open()
+        given = torch.tensor(self.given).to(self.loss)
+        sum_in_place([self.loss, given, *self.sums])
+        for parameter, found, count in zip(self.parameters, self.sums, given.tolist()):
+            parameter.grad = found.to(parameter.dtype) if count else None
         return self.loss
+
+    def _open(self):
+        if self.sums is None:
+            self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in self.parameters]
 
     def _take(self):
         """Move what the last part has left in `parameters` to the sums."""
-        given = [p.grad for p in self.parameters]
-        if all(grad is None for grad in given):
-            return
-        if self.sums is None:
-            self.sums = [torch.zeros_like(p, dtype=torch.float64) for p in self.parameters]
-        for parameter, found, grad in zip(self.parameters, self.sums, given):
-            if grad is not None:
-                found += grad
+        for number, parameter in enumerate(self.parameters):
+            if parameter.grad is not None:
+                self._open()
+                self.sums[number] += parameter.grad
+                self.given[number] += 1
                 parameter.grad = None

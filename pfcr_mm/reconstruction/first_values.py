@@ -34,7 +34,7 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
 
     @torch.no_grad()
     def compute(size):
-        parts = [[[] for _ in loss.terms] for loss in mixed]
+        found = [[[] for _ in loss.terms] for loss in mixed]
         for k in range(0, len(mine), size):
             pick = mine[k:k + size]
             for loss in mixed:
@@ -45,10 +45,10 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
                 for parts in zip(*(targets[i] for i in pick))))
             rows = sum(inputs.states[i].rows for i in pick)
             share = rows / roll.rows_of(chosen)
-            for found, loss in zip(parts, mixed):
-                for values, value in zip(found, loss.first):
+            for columns, loss in zip(found, mixed):
+                for values, value in zip(columns, loss.first):
                     values.append(share * float(value or 0.0))
-        return parts
+        return found
 
     limit = BatchLimit(min(config.batch_size, at_once or config.batch_size), unit.name, tell)
     shares = parallel.gather(limit.run(compute))

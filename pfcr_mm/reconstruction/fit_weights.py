@@ -33,21 +33,18 @@ class Moments:
         rows, quantized, weights = rows.double(), quantized.double(), weights.double()
         weighted = quantized * weights[:, None]
         self.rows += len(rows)
-        self.weight += weights.sum()
-        self.mean = self.mean + weights @ rows
-        self.quantized_mean = self.quantized_mean + weighted.sum(0)
-        self.gram = self.gram + weighted.t() @ quantized
-        self.cross = self.cross + rows.t() @ weighted
+        for name, value in (('weight', weights.sum()), ('mean', weights @ rows),
+                            ('quantized_mean', weighted.sum(0)),
+                            ('gram', weighted.t() @ quantized), ('cross', rows.t() @ weighted)):
+            # sums of such numbers are exact in double, and the same in any order
+            setattr(self, name, getattr(self, name) + value.float().double())
 
     def settle(self):
         """End of the stream: means over the rows of all processes."""
         self.rows = parallel.total(self.rows)
         for name in ('weight', 'mean', 'quantized_mean', 'gram', 'cross'):
             value = getattr(self, name)
-            value = parallel.total(value.cpu() if torch.is_tensor(value) else value)
-            if torch.is_tensor(value):  # sums in another order are the same then, but for one
-                value = value.float().double()  # in millions
-            setattr(self, name, value)
+            setattr(self, name, parallel.total(value.cpu() if torch.is_tensor(value) else value))
         if self.rows:
             for name in ('mean', 'quantized_mean', 'gram', 'cross'):
                 setattr(self, name, getattr(self, name) / self.weight)

@@ -232,7 +232,7 @@ class APHLoss(_Guided):
                     change, x = (v.mean(axes, keepdim=True) for v in (change, x.square()))
                 else:
                     x = x.square()
-                totals[i] = totals[i] + change.double().sum(0, keepdim=True)
+                totals[i] = totals[i] + change.sum(0, keepdim=True, dtype=torch.float64)
                 energy[i] = energy[i] + (x * change).mean((*range(1, x.dim()), )).double().sum()
         # of a target that is all missed the loss is one
         return [(total / (power / images).clamp(min=1e-20) / images).float().to(context.device)

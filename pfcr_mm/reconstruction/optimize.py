@@ -194,7 +194,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                         quantized_inputs, float_inputs, targets, mine, step, noise, device,
                         config.input_mix, roll.rows_of(pick))
                 loss = limit.run(partial(
-                    learned.backward, chain, unit, batch, loss_of, progress)).settle(device)
+                    learned.backward, chain, unit, batch, loss_of, progress, device)).settle()
                 if step % every == 0:
                     check(loss.item(), f'loss of step {step}', mine)
                 learned.update()
@@ -339,7 +339,7 @@ class LearnedParameters:
         for group in self.optimizer.param_groups:
             group['lr'] = group['base_lr'] * factor
 
-    def backward(self, chain, unit, batch, loss_of, progress, limit):
+    def backward(self, chain, unit, batch, loss_of, progress, device, limit):
         """This process's part of the gradient of one step, `limit` images at a time.
 
         `batch` is None where it holds none of the batch's images.
@@ -347,7 +347,7 @@ class LearnedParameters:
         Returns:
             GradientSum: its part; those of all processes are to be settled.
         """
-        found = parallel.GradientSum(self.parameters)
+        found = parallel.GradientSum(self.parameters, device)
         if parallel.is_main():  # once a step, over all parts and processes
             extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
             if torch.is_tensor(extra):

@@ -82,8 +82,11 @@ class UnitView:
         if self.unit.layer:
             self.sizes = {UNIT: len(layers)}
             return State((), state.meta), layers
-        # the norm of a detector's last map has nothing behind it but what it gives itself
-        final = (self.finish(state) or side) if FINAL in self.wants else ()
+        final = ()
+        if FINAL in self.wants:
+            final = self.finish(state)
+            if self.unit.stop == len(self.leaves) and not final:
+                final = side  # a detector's chain ends in maps, and in no state
         self.sizes = {UNIT: len(state.tensors) + len(side), LAYERS: len(layers),
                       FINAL: len(final)}
         return state, side + layers + final

@@ -58,12 +58,13 @@ def test_what_all_say_is_put_together(ranks):
         shard = parallel.Shard('abcde'[rank::3], range(5)[rank::3])
         assert parallel.whole(shard) == list('abcde')
 
-        first, second = (torch.nn.Parameter(torch.ones(n)) for n in (3, 2))
-        found = parallel.GradientSum([first, second])
+        first, second, third = (torch.nn.Parameter(torch.ones(n)) for n in (3, 2, 1))
+        found = parallel.GradientSum([first, second, third], torch.device('cpu'))
         if rank:  # 0 has none of the batch
-            found.backward(rank * first.sum())
-        assert found.settle(torch.device('cpu')) == 9
-        assert first.grad.tolist() == [3] * 3 and second.grad.tolist() == [0] * 2
+            found.backward(rank * first.sum() + (second.sum() if rank == 2 else 0))
+        assert found.settle() == 11
+        assert first.grad.tolist() == [3] * 3 and second.grad.tolist() == [1] * 2
+        assert third.grad is None
 
         copied = [torch.full((2, 2), float(rank)), torch.full((1, ), rank + 0.5).double()]
         parallel.copy_from_main(copied)

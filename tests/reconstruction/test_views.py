@@ -6,6 +6,7 @@ import torch
 from toy_chains import chain_of, learned_state, stream, toy
 
 from pfcr_mm.models import State
+from pfcr_mm.models.chain import Chain, Leaf
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import (
     ChainReconstructor,
@@ -16,6 +17,7 @@ from pfcr_mm.reconstruction import (
     units_of,
 )
 from pfcr_mm.reconstruction.optimize import LearnedParameters
+from pfcr_mm.reconstruction.units import Unit
 from pfcr_mm.reconstruction.views import (
     FINAL,
     LAYERS,
@@ -109,6 +111,18 @@ def test_a_view_gives_layers_and_final_output():
     assert view.parts([UNIT, LAYERS, FINAL]) == {
         UNIT: slice(0, 1), LAYERS: slice(1, 5), FINAL: slice(5, 6)}
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_at_a_detectors_end_the_maps_are_final():
+    """Swin's last leaf is the norm of its last map: nothing is behind it."""
+    norm = torch.nn.LayerNorm(4)
+    leaf = Leaf('norm3', lambda state: (State(()), (norm(state.tensors[0]), )), (norm, ))
+    chain = Chain('backbone', [leaf], -1)
+    view = UnitView(chain, Unit('backbone.norm3', 'backbone', 'leaf', 'N1', 0, 1), {FINAL}, chain)
+    x = torch.randn(2, 5, 4)
+    state, side = view.run(State((x, )), 0, 1)
+    assert state.tensors == () and [torch.equal(t, norm(x)) for t in side] == [True, True]
+    assert view.parts([UNIT, FINAL]) == {UNIT: slice(0, 1), FINAL: slice(1, 2)}
 
 
 def test_without_wishes_the_chain_is_its_own_view():
