@@ -27,7 +27,7 @@ class DiagnosticsHook(Hook):
         checks (dict | None): from where on a check warns, see `Limits`.
     """
 
-    priority = 'LOWEST'  # behind ReportHook and, listed after it, UnitCheckpointHook
+    priority = 'VERY_LOW'  # behind ReportHook; a run has finished when its page is there too
 
     def __init__(self, enabled=True, checks=None):
         self.enabled = enabled

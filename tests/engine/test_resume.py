@@ -169,6 +169,26 @@ def test_killed_with_other_options(quick, die, tmp_path):
     assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
+def test_killed_while_the_page_is_made(quick, monkeypatch, tmp_path):
+    """A run has finished when report.html is there; until then --resume makes it."""
+    extra = [*BRIEF, 'quantize_hooks.6.enabled=True']
+    assert quant_main(quick(tmp_path / 'whole', extra=extra)) == 0
+
+    def killed(runner, limits):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr('pfcr_mm.analysis.report.report_run', killed)
+        MMLogger._instance_dict.clear()
+        with pytest.raises(Killed):
+            quant_main(quick(tmp_path / 'run', extra=extra))
+    assert (tmp_path / 'run' / 'report.json').exists()
+    assert not (tmp_path / 'run' / 'report.html').exists()
+    assert run_pieces(quick(tmp_path / 'run', extra=extra), []) == 1
+    assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
+    assert (tmp_path / 'run' / 'report.html').exists()
+
+
 def test_killed_with_the_cache_in_files(quick, whole, die, tmp_path):
     """Other files and another limit after each kill change no bit, and leave nothing."""
     ways = [('unit_step', 2), ('before_unit', 4), ('after_unit', 4)]
