@@ -35,7 +35,7 @@ class Calibrating:
             make_channelwise(self.model)
         self._search_scales(self.model, activations=True)
         if self.calibration['compensate'] is not None:
-            with torch.no_grad(), self._moment_observer(self.model, activations=False) as seen:
+            with self._moment_observer(self.model, activations=False) as seen:
                 self._show(self.model, seen)
                 self._show(self.model, seen, views=True)
             compensate_weights(self.model, seen, self.calibration['compensate'])
@@ -84,6 +84,7 @@ class Calibrating:
         fold_alike(self.teacher, folds)
         self.folds.update(folds)
 
+    @torch.no_grad()
     def _show(self, model, *observers, images=None, views=False):
         """Run `model` on the first calibration images, `search_images` at most, none held out.
 
@@ -122,8 +123,7 @@ class Calibrating:
             with observe(model, options['rows'], self.seed, activations=not activations) as seen:
                 self._show(model, seen, *beside)
             if beside:
-                with torch.no_grad():
-                    self._show(model, *beside, views=True)
+                self._show(model, *beside, views=True)
         check_seen(seen)
         unreached = calibrate(model, seen, options['method'], options['rounds'], activations)
         self._make_equal(model)

@@ -12,15 +12,14 @@ class GradientSum:
     A step that one process computes in one part is left as autograd leaves it.
 
     Args:
-        parameters (list[Parameter]): the same in all processes.
-        device (torch.device): of the sums.
+        parameters (list[Parameter]): one or more, on one device, the same in all processes.
     """
 
-    def __init__(self, parameters, device):
+    def __init__(self, parameters):
         self.parameters = parameters
         self.sums = None
         self.given = [0] * len(parameters)  # parts that have a gradient
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         for parameter in parameters:
             parameter.grad = None
 

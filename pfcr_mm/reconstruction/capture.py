@@ -137,7 +137,7 @@ def advance(chain, stream, start, stop, device, at_once=None, cache=None, sides=
         tuple[Stream, Stream | None]: the states after `stop`, and the side outputs on the way.
     """
     cache = cache or FeatureCache()
-    limit = BatchLimit(min(_AT_ONCE, at_once or _AT_ONCE), f'{chain.name} between its units', _log)
+    limit = BatchLimit(_AT_ONCE, f'{chain.name} between its units', _log, at_once)
     with weights_once([m for leaf in chain.leaves[start:stop] for m in leaf.modules]):
         return limit.run(
             lambda size: _advance(chain, stream, start, stop, device, size, cache, sides))

@@ -56,10 +56,11 @@ class BatchLimit:
         size (int): to begin with.
         where (str): what runs out of memory, to be told.
         tell (Callable): takes a line.
+        at_once (int | None): more are never computed together; None is no bound.
     """
 
-    def __init__(self, size, where, tell):
-        self.size, self.where, self.tell = size, where, tell
+    def __init__(self, size, where, tell, at_once=None):
+        self.size, self.where, self.tell = min(size, at_once or size), where, tell
 
     def run(self, function, most=None):
         """Return function(size); where it runs out of memory, again with half the size.

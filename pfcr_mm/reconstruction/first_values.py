@@ -50,7 +50,7 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
                     values.append(share * float(value or 0.0))
         return found
 
-    limit = BatchLimit(min(config.batch_size, at_once or config.batch_size), unit.name, tell)
+    limit = BatchLimit(config.batch_size, unit.name, tell, at_once)
     shares = parallel.gather(limit.run(compute))
     for number, loss in enumerate(mixed):
         loss.first = [max(math.fsum(itertools.chain(*column)), _LEAST)

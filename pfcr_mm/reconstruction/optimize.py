@@ -143,7 +143,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     """
     began = time.time()
     faults = faults or Faults()
-    limit = BatchLimit(min(config.batch_size, at_once or config.batch_size), unit.name, faults.tell)
+    limit = BatchLimit(config.batch_size, unit.name, faults.tell, at_once)
     roll = quantized_inputs.roll_call()
     learn_on, accept_on = split(roll.rows, held_out)
     held = quantized_inputs.held
@@ -194,7 +194,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                         quantized_inputs, float_inputs, targets, mine, step, noise, device,
                         config.input_mix, roll.rows_of(pick))
                 loss = limit.run(partial(
-                    learned.backward, chain, unit, batch, loss_of, progress, device)).settle()
+                    learned.backward, chain, unit, batch, loss_of, progress)).settle()
                 if step % every == 0:
                     check(loss.item(), f'loss of step {step}', mine)
                 learned.update()
@@ -339,7 +339,7 @@ class LearnedParameters:
         for group in self.optimizer.param_groups:
             group['lr'] = group['base_lr'] * factor
 
-    def backward(self, chain, unit, batch, loss_of, progress, device, limit):
+    def backward(self, chain, unit, batch, loss_of, progress, limit):
         """This process's part of the gradient of one step, `limit` images at a time.
 
         `batch` is None where it holds none of the batch's images.
@@ -347,7 +347,7 @@ class LearnedParameters:
         Returns:
             GradientSum: its part; those of all processes are to be settled.
         """
-        found = parallel.GradientSum(self.parameters, device)
+        found = parallel.GradientSum(self.parameters)
         if parallel.is_main():  # once a step, over all parts and processes
             extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
             if torch.is_tensor(extra):

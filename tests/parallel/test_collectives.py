@@ -59,7 +59,7 @@ def test_what_all_say_is_put_together(ranks):
         assert parallel.whole(shard) == list('abcde')
 
         first, second, third = (torch.nn.Parameter(torch.ones(n)) for n in (3, 2, 1))
-        found = parallel.GradientSum([first, second, third], torch.device('cpu'))
+        found = parallel.GradientSum([first, second, third])
         if rank:  # 0 has none of the batch
             found.backward(rank * first.sum() + (second.sum() if rank == 2 else 0))
         assert found.settle() == 11

@@ -79,7 +79,7 @@ def test_one_step_in_parts_has_the_same_gradient():
         for limit in (4, 3, 1):
             batch = Batch(State((x, )), target, [0, 1, 2, 3], sizes, sum(sizes), 0,
                           ImageNoise(0))
-            loss = learned.backward(chain, unit, batch, loss_of, 0.7, x.device, limit).settle()
+            loss = learned.backward(chain, unit, batch, loss_of, 0.7, limit).settle()
             gradients.append((loss, [p.grad.clone() for p in learned.parameters]))
     for loss, grads in gradients[1:]:
         assert torch.allclose(loss, gradients[0][0], rtol=1e-5)
@@ -91,7 +91,7 @@ def test_parts_are_summed_in_any_order():
     """Small ones are not lost beside large ones; what no part asks for has no gradient."""
     first, second = (torch.nn.Parameter(torch.ones(())) for _ in range(2))
     for factors in ([1.0, 2.0**-30, -1.0], [2.0**-30, 1.0, -1.0], [1.0, -1.0, 2.0**-30]):
-        found = parallel.GradientSum([first, second], torch.device('cpu'))
+        found = parallel.GradientSum([first, second])
         for factor in factors:
             found.backward(factor * first)
         assert found.settle() == 2.0**-30
