@@ -3,6 +3,8 @@ import torch
 
 from ..models import State, part_chains
 from ..reconstruction import roi
+from ..reconstruction.capture import Images
+from ..reconstruction.part_streams import feature_stream
 from .noise import Noise
 from .probe import on_device
 
@@ -66,7 +68,9 @@ def common_boxes(floating, images):
     """Boxes of the float model for each RoI head and image, or None without RoI heads."""
     if not any(part.startswith('roi_head.') for part in part_chains(floating)[0]):
         return None
-    return roi.own_boxes(floating, images, seed=0, **_BOXES)
+    images = Images.of(images)
+    return roi.own_boxes(
+        floating, feature_stream(floating, images), images.samples, seed=0, **_BOXES)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from ..modules import QuantLayer, set_quantization
 from ..reconstruction import ChainReconstructor, Faults, harden, roi
 from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
 from ..reconstruction.cache import FeatureCache
+from ..reconstruction.part_streams import PartStreams
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
 from . import settings
@@ -198,22 +199,24 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             fold_alike(self.teacher, folds)  # targets then mean what the model's maps mean
             self.folds.update(folds)
         set_quantization(self.model, stage.quantize_weights, stage.quantize_activations)
+        streams = PartStreams(
+            (self.model, self.teacher), self.images, self.cache, self.images_at_once)
         for part, schedule in self.schedules[stage.number].items():
             done = self.units_done(stage, part)
             if len(schedule) > done:
-                self.reconstruct_part(part, schedule, stage, done)
+                self.reconstruct_part(part, streams, schedule, stage, done)
         self.runner.call_hook('after_stage')
         if not stage.quantize_weights:  # the scales in force were those of other weights
             for layer in self.model.modules():
                 if isinstance(layer, QuantLayer):
                     layer.weight_quantizer.calibrated = False
 
-    def reconstruct_part(self, part, schedule, stage, done=0):
+    def reconstruct_part(self, part, streams, schedule, stage, done=0):
         """PFCR on one chain, its input taken behind everything quantized before it.
 
         The first `done` units of the schedule are there already.
         """
-        quantized, floating = self._streams(part)
+        quantized, floating = streams.into(part, self._float_boxes)
         if parallel.total(len(quantized)) == 0:
             self.note(f'{part}: no calibration image has a box for it; left as calibrated')
             return
@@ -273,22 +276,13 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
 
         return Faults(tell, self.on_nonfinite, names.get)
 
-    def _streams(self, part):
-        """(quantized, float) streams into a part."""
-        models = (self.model, self.teacher)
-        if part == 'backbone':
-            stream = self.images.stream()
-            return stream, stream
-        if part == 'neck':
-            return [roi.backbone_stream(m, self.images, self.cache) for m in models]
-        if not part.startswith('roi_head.'):  # RPN and dense heads
-            return [roi.feature_stream(m, self.images, self.cache) for m in models]
+    def _float_boxes(self, features):
+        """Boxes of the float model by RoI head, from its maps; the same for a whole run."""
         if self._boxes is None:
             self._boxes = roi.float_boxes(
-                self.teacher, self.images, self.rois['proposals'], self.rois['detections'],
-                self.seed)
-        return [roi.roi_stream(m, part, self.images, self._boxes[part], self.cache)
-                for m in models]
+                self.teacher, features, self.images.samples, self.rois['proposals'],
+                self.rois['detections'], self.seed)
+        return self._boxes
 
     def _end_unit(self, record):
         record.peak_memory_mb = peak_memory_mb()

@@ -46,6 +46,7 @@ class Leaf:
             architecture repeats a pattern, such as two windowed blocks and a global one.
         letter (str): kind in traversal strings: E(mbedding), A(ttention), M(LP),
             D(ownsampling), N(orm), else L.
+        sides (bool): whether it has side outputs.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Leaf:
     stage: int | None = None
     group: int | None = None
     letter: str = 'L'
+    sides: bool = False
 
 
 @dataclass
@@ -85,5 +87,8 @@ class Chain:
         side = ()
         for leaf in self.leaves[start:stop]:
             state, outputs = leaf.forward(state)
+            if outputs and not leaf.sides:
+                raise RuntimeError(f'{self.name}.{leaf.name} has side outputs; its Leaf needs '
+                                   'sides=True')
             side += outputs
         return state, side

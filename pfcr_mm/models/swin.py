@@ -180,9 +180,10 @@ def swin_chain(backbone):
         if stage.downsample is not None:
             leaves.append(Leaf(
                 f'stages.{i}.downsample', _merge(stage.downsample, norm), (stage.downsample, ),
-                stage=i, letter='D'))
+                stage=i, letter='D', sides=norm is not None))
         elif norm is not None:
-            leaves.append(Leaf(f'norm{i}', _final_norm(norm), stage=i, letter='N'))
+            leaves.append(Leaf(
+                f'norm{i}', _final_norm(norm), stage=i, letter='N', sides=True))
     return Chain('backbone', leaves, channel_axis=-1)
 
 

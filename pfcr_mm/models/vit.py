@@ -84,8 +84,8 @@ def vit_chain(backbone):
     leaves += _block_leaves(backbone.blocks, _groups(backbone))
     for i in backbone.out_indices[:-1]:
         mlp = leaves[2 * i + 2]
-        mlp.forward = _with_side(mlp.forward, backbone.norm)
-    leaves.append(Leaf('norm', last, (backbone.norm, ), letter='N'))
+        mlp.forward, mlp.sides = _with_side(mlp.forward, backbone.norm), True
+    leaves.append(Leaf('norm', last, (backbone.norm, ), letter='N', sides=True))
     return Chain('backbone', leaves, channel_axis=-1)
 
 

@@ -84,13 +84,19 @@ class Images(Sequence):
     """The calibration images that a process holds: (inputs (1, 3, H, W), data samples) pairs.
 
     Args:
-        states (list[Kept]): the inputs.
+        states (list[State | Kept]): the inputs.
         samples (list): data samples of each.
         numbers (list[int]): of the images, over all processes.
     """
 
     def __init__(self, states, samples, numbers):
         self.states, self.samples, self.numbers = states, samples, numbers
+
+    @classmethod
+    def of(cls, pairs):
+        """From a list of (inputs, data samples) pairs, which is the whole."""
+        return cls([State((inputs, )) for inputs, _ in pairs], [samples for _, samples in pairs],
+                   list(range(len(pairs))))
 
     def __len__(self):
         return len(self.states)
@@ -120,7 +126,6 @@ class Targets(Sequence):
         return sum((stream.states[index].tensors for stream in self.streams), ())
 
 
-@torch.no_grad()
 def advance(chain, stream, start, stop, device, at_once=None, cache=None, sides=True):
     """Run leaves [start, stop) over a stream.
 
@@ -136,23 +141,42 @@ def advance(chain, stream, start, stop, device, at_once=None, cache=None, sides=
     Returns:
         tuple[Stream, Stream | None]: the states after `stop`, and the side outputs on the way.
     """
+    return run_over(
+        stream, lambda state: chain.run(state, start, stop),
+        [m for leaf in chain.leaves[start:stop] for m in leaf.modules],
+        f'{chain.name} between its units', device, at_once, cache, sides)
+
+
+@torch.no_grad()
+def run_over(stream, function, modules, where, device, at_once=None, cache=None, sides=False):
+    """Run a function over a stream, equal shapes together.
+
+    Args:
+        stream (Stream): its input.
+        function (Callable): State -> (State, tuple of side outputs), batch first.
+        modules (list[nn.Module]): that it uses; they quantize their weights once.
+        where (str): what it is, to be told where memory runs out.
+        device, at_once, cache, sides: see `advance`.
+
+    Returns:
+        tuple[Stream, Stream | None]: what it gives, and its side outputs.
+    """
     cache = cache or FeatureCache()
-    limit = BatchLimit(_AT_ONCE, f'{chain.name} between its units', _log, at_once)
-    with weights_once([m for leaf in chain.leaves[start:stop] for m in leaf.modules]):
-        return limit.run(
-            lambda size: _advance(chain, stream, start, stop, device, size, cache, sides))
+    limit = BatchLimit(_AT_ONCE, where, _log, at_once)
+    with weights_once(modules):
+        return limit.run(lambda size: _run_over(stream, function, device, size, cache, sides))
 
 
 def _log(line):
     print_log(line, 'current', logging.WARNING)
 
 
-def _advance(chain, stream, start, stop, device, batch_size, cache, wants_sides):
+def _run_over(stream, function, device, batch_size, cache, wants_sides):
     states, sides = [None] * len(stream), [None] * len(stream)
     shelf, side_shelf = cache.shelf(), cache.shelf()
     for bucket in stream.buckets():
         for chunk in _chunks(bucket, batch_size):
-            state, side = chain.run(stream.batch(chunk, device), start, stop)
+            state, side = function(stream.batch(chunk, device))
             sizes = [stream.states[i].rows for i in chunk]
             for k, i in enumerate(chunk):
                 # kept at once: nothing piles up on the device or in float32

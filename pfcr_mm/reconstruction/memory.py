@@ -5,7 +5,7 @@ grows with the image, features of RoIs grow with their number.
 """
 import torch
 
-from . import roi
+from .part_streams import sample_state
 
 SIDE = 256  # of the small image, where the model takes any; all common strides divide it
 
@@ -33,12 +33,14 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
         if not schedule:
             found[part] = 0
             continue
-        sizes, sides = boundary_sizes(chains[part], roi.sample_state(model, part, image, rois))
+        sizes, sides = boundary_sizes(chains[part], sample_state(model, part, image, rois))
         if part == 'backbone':
             sizes[0] = 0  # the images are there anyhow
-        scale = images if part.startswith('roi_head.') else pixels / (height * width)
-        found[part] = round(peak_elements(schedule, sizes, sides) * scale)
-    return found
+        found[part] = peak_elements(schedule, sizes, sides) * (
+            images if part.startswith('roi_head.') else pixels / (height * width))
+        if part.startswith('roi_head.'):  # the maps of both models, which all of them read
+            found[part] += 2 * _elements(model.extract_feat(image)) * pixels / (height * width)
+    return {part: round(count) for part, count in found.items()}
 
 
 def boundary_sizes(chain, state):
@@ -58,27 +60,33 @@ def boundary_sizes(chain, state):
 def peak_elements(schedule, sizes, sides):
     """The most that `ChainReconstructor` holds at once while it walks a schedule.
 
-    Both streams are kept at boundaries where a later unit starts; the unit in work
-    adds its float outputs, side outputs included.
+    Both streams are kept at boundaries where a later unit starts. The unit in work adds its
+    float outputs, which stay as a boundary while units within it are done.
 
     Args:
         schedule (list[Unit]): units in order.
         sizes, sides (list[int]): see `boundary_sizes`.
     """
     quantized, floating, peak = {0}, {0}, 0
-    for number, unit in enumerate(schedule):
+
+    def held():
+        return sum(sizes[b] for streams in (quantized, floating) for b in streams)
+
+    for unit, upcoming in zip(schedule, [schedule[n:] for n in range(1, len(schedule) + 1)]):
         quantized.add(unit.start)
         floating.add(unit.start)
-        held = sum(sizes[b] for streams in (quantized, floating) for b in streams)
-        targets = sum(sides[unit.start:unit.stop])
-        peak = max(peak, held + targets + sizes[unit.stop])
-        quantized = {b for b in quantized if b <= unit.start}
-        if unit.stop < len(sides):
-            quantized.add(unit.stop)
+        own = sum(sides[unit.start:unit.stop])
+        if unit.stop == len(sides) or (own and unit.stop in floating):  # computed (anew)
+            own += sizes[unit.stop]
+        else:
             floating.add(unit.stop)
-            held = sum(sizes[b] for streams in (quantized, floating) for b in streams)
-            peak = max(peak, held + targets)
-        needed = {later.start for later in schedule[number + 1:]} | {0}
+        peak = max(peak, held() + own)
+        quantized = {b for b in quantized if b <= unit.start}
+        if upcoming and upcoming[0].start >= unit.stop:
+            quantized.add(upcoming[0].start)
+            floating.add(upcoming[0].start)
+            peak = max(peak, held())
+        needed = {later.start for later in upcoming} | {0}
         quantized, floating = quantized & needed, floating & needed
     return peak
 

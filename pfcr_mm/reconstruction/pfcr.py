@@ -75,25 +75,22 @@ class ChainReconstructor:
                 config, iters=max(1, round(config.iters * stage.shrink)))
             record = self.reconstruct_unit(unit, config, stage, number, on_step)
             records.append(record)
-            self._forget(schedule[number + 1:])
+            self._move_on(unit, schedule[number + 1:])
             if on_unit_end is not None:
                 on_unit_end(record)
         return records
 
     def reconstruct_unit(self, unit, config, stage, number, on_step=None):
-        """Reconstruct one unit and move the quantized stream past it."""
+        """Reconstruct one unit; what the quantized chain gave behind it is forgotten."""
         inputs = self.quantized.at(unit.start)
         float_inputs = self.floating.at(unit.start)
         wants = loss_wants(config.loss)
         chain, float_chain = (view_of(c, unit, wants, self.teacher_chain)
                               for c in (self.chain, self.teacher_chain))
-        float_outputs, float_side = advance(
-            float_chain, float_inputs, unit.start, unit.stop, self.device, self.at_once,
-            self.cache)
-        targets = Targets(float_outputs, float_side)
+        targets = self._targets(float_chain, unit, float_inputs)
         seed = self.seed * 100003 + number
         context = self._context(
-            float_chain, unit, len(targets[0]) if targets else 0, float_outputs,
+            float_chain, unit, len(targets[0]) if targets else 0, targets.streams[0],
             min(config.batch_size, self.at_once or config.batch_size))
         loss_of = build_loss(config.loss, targets, self.chain.channel_axis, context)
         take_first_values(
@@ -107,14 +104,21 @@ class ChainReconstructor:
                 self.at_once)
 
         self.quantized.drop_after(unit.start)  # computed before this unit changed
-        # what follows a single layer is not known until its leaf is run
-        if unit.stop < len(self.chain.leaves) and not unit.layer:
-            self.floating.put(unit.stop, unit.start, float_outputs)
-            outputs, _ = advance(
-                self.chain, inputs, unit.start, unit.stop, self.device, self.at_once,
-                self.cache, sides=False)
-            self.quantized.put(unit.stop, unit.start, outputs)
         return UnitRecord(unit.name, unit.chain, unit.level, stage.number, **result)
+
+    def _targets(self, float_chain, unit, inputs):
+        """What the float chain gives behind a unit: it may be there from a finer one."""
+        # what follows a single layer is not known until its leaf is run
+        at_boundary = unit.stop < len(self.chain.leaves) and not unit.layer
+        plain = at_boundary and float_chain is self.teacher_chain and not any(
+            leaf.sides for leaf in self.chain.leaves[unit.start:unit.stop])
+        if plain:
+            return Targets(self.floating.at(unit.stop))
+        outputs, sides = advance(
+            float_chain, inputs, unit.start, unit.stop, self.device, self.at_once, self.cache)
+        if at_boundary:
+            self.floating.put(unit.stop, unit.start, outputs)
+        return Targets(outputs, sides)
 
     def _context(self, float_chain, unit, outputs, states, batch_size):
         view = float_chain
@@ -123,11 +127,16 @@ class ChainReconstructor:
             view.sizes = {UNIT: outputs}
         return LossContext(view, states, self.device, batch_size)
 
-    def _forget(self, upcoming):
-        """Drop boundaries where no later unit starts (0 stays: all can be run from it)."""
-        needed = {unit.start for unit in upcoming}
-        self.quantized.keep_only(needed)
-        self.floating.keep_only(needed)
+    def _move_on(self, unit, upcoming):
+        """Run the streams to the next unit, if it is further on than this one.
+
+        Of the boundaries those stay where a later unit starts (and 0: all can be run from it).
+        """
+        needed = {later.start for later in upcoming}
+        for boundaries in (self.quantized, self.floating):
+            if upcoming and upcoming[0].start >= unit.stop:
+                boundaries.at(upcoming[0].start)
+            boundaries.keep_only(needed)
 
 
 def harden(model):

@@ -1,4 +1,4 @@
-"""Streams into the parts of a detector, neck and heads included.
+"""What RoI heads see: boxes, and the features cut from the maps there.
 
 RoI features are cut from the float and from the quantized maps at the *same*
 boxes, those of the float model, so that inputs and targets line up.
@@ -11,43 +11,24 @@ from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
 from .. import parallel
 from ..models.chain import State
-from ..modules import weights_once
 from .cache import FeatureCache
 from .capture import Stream
 from .noise import seed_of
 
 
-@torch.no_grad()
-def backbone_stream(model, images, cache=None):
-    """Stream into the neck: the backbone's maps."""
-    return _map_stream(model, images, model.backbone, cache)
-
-
-@torch.no_grad()
-def feature_stream(model, images, cache=None):
-    """Stream into the RPN head: all maps of the neck."""
-    return _map_stream(model, images, model.extract_feat, cache)
-
-
-def _map_stream(model, images, maps_of, cache):
-    shelf = (cache or FeatureCache()).shelf()
-    with weights_once([model]):
-        states = [shelf.keep(State(tuple(maps_of(_on(model, inputs))))) for inputs, _ in images]
-    return Stream(states, parallel.numbers_of(images))
-
-
-def float_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
+def float_boxes(teacher, features, samples, proposals_per_image, detections_per_image, seed):
     """Boxes of the float model for every RoI head: those of all processes' images.
 
     Takes what `own_boxes` takes and gives what it gives, of all images.
     """
-    boxes = own_boxes(teacher, images, proposals_per_image, detections_per_image, seed)
-    return {part: parallel.whole(parallel.Shard(found, parallel.numbers_of(images)))
+    boxes = own_boxes(
+        teacher, features, samples, proposals_per_image, detections_per_image, seed)
+    return {part: parallel.whole(parallel.Shard(found, features.numbers))
             for part, found in boxes.items()}
 
 
 @torch.no_grad()
-def own_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
+def own_boxes(teacher, features, samples, proposals_per_image, detections_per_image, seed):
     """Boxes of the float model for every RoI head, of the images at hand.
 
     A box head of a cascade sees the proposals as the float stages before it refined
@@ -55,7 +36,8 @@ def own_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
 
     Args:
         teacher (nn.Module): the float detector.
-        images (list | Images): (inputs, data samples) pairs.
+        features (Stream): its maps, see `feature_stream`.
+        samples (list): data samples of each image.
         proposals_per_image (int): proposals kept: the best half, and a random half.
         detections_per_image (int): detections kept, best first.
         seed (int): draws proposals, with the image's number.
@@ -65,20 +47,23 @@ def own_boxes(teacher, images, proposals_per_image, detections_per_image, seed):
         'roi_head.mask_head.2', one entry an image: boxes (n, 4) in pixels of the network's
         input; n may be 0.
     """
-    cascade = isinstance(teacher.roi_head, CascadeRoIHead)
-    stages = range(teacher.roi_head.num_stages) if cascade else (None, )
+    roi_head, device = teacher.roi_head, device_of(teacher)
+    cascade = isinstance(roi_head, CascadeRoIHead)
+    stages = range(roi_head.num_stages) if cascade else (None, )
     box_parts, mask_parts = ([f'roi_head.{name}' + ('' if i is None else f'.{i}') for i in stages]
                              for name in ('bbox_head', 'mask_head'))
     boxes = {part: [] for part in box_parts + mask_parts}
-    for number, (inputs, samples) in zip(parallel.numbers_of(images), images):
+    for index, (number, image_samples) in enumerate(zip(features.numbers, samples)):
         generator = torch.Generator().manual_seed(seed_of(seed, number))
-        maps = teacher.extract_feat(_on(teacher, inputs))
-        found = teacher.rpn_head.predict(maps, samples, rescale=False)
+        metas = [sample.metainfo for sample in image_samples]
+        maps = features.batch([index], device).tensors
+        found = teacher.rpn_head.predict(maps, image_samples, rescale=False)
         kept = _some(found[0].bboxes, proposals_per_image, generator)
-        entering = refined(teacher.roi_head, maps, kept, samples[0].metainfo) if cascade else [kept]
+        entering = refined(roi_head, maps, kept, metas[0]) if cascade else [kept]
         for part, stage_boxes in zip(box_parts, entering):
             boxes[part].append(stage_boxes.cpu())
-        results = teacher.roi_head.predict(maps, found, samples, rescale=False)
+        # without the masks, which `predict` would paste too
+        results = roi_head.predict_bbox(maps, metas, found, roi_head.test_cfg, rescale=False)
         for part in mask_parts:
             boxes[part].append(results[0].bboxes[:detections_per_image].cpu())
     return boxes
@@ -111,51 +96,26 @@ def refined(roi_head, maps, boxes, meta):
 
 
 @torch.no_grad()
-def roi_stream(model, part, images, boxes, cache=None):
+def roi_stream(model, part, features, boxes, cache=None):
     """Stream into a RoI head: features (n, C, h, w) of the images that have boxes.
 
     Args:
         model (nn.Module): the detector.
         part (str): name of the head, such as 'roi_head.bbox_head.1'.
-        images (list | Images): (inputs, data samples) pairs.
+        features (Stream): maps of the same model, see `feature_stream`.
         boxes (list[Tensor]): (n, 4) an image, by its number.
         cache (FeatureCache | None): keeps the features.
     """
-    shelf = (cache or FeatureCache()).shelf()
+    shelf, device = (cache or FeatureCache()).shelf(), device_of(model)
     extractor = extractor_of(model, part)
     states, numbers = [], []
-    with weights_once([model]):
-        for number, (inputs, _) in zip(parallel.numbers_of(images), images):
-            image_boxes = boxes[number]
-            if len(image_boxes) == 0:
-                continue
-            numbers.append(number)
-            maps = model.extract_feat(_on(model, inputs))
-            rois = bbox2roi([image_boxes.to(maps[0].device)])
-            states.append(shelf.keep(State((extractor(maps[:extractor.num_inputs], rois), ))))
+    for index, number in enumerate(features.numbers):
+        if len(boxes[number]) == 0:
+            continue
+        maps = features.batch([index], device).tensors[:extractor.num_inputs]
+        states.append(shelf.keep(State((extractor(maps, bbox2roi([boxes[number].to(device)])), ))))
+        numbers.append(number)
     return Stream(states, numbers)
-
-
-@torch.no_grad()
-def sample_state(model, part, image, rois):
-    """What flows into a part for one image: the shapes are right, RoI features are zero.
-
-    Args:
-        model (nn.Module): the detector.
-        part (str): name of the part.
-        image (Tensor): (1, 3, H, W).
-        rois (dict): RoIs an image, `proposals` and `detections`.
-    """
-    if part == 'backbone':
-        return State((image, ))
-    if part == 'neck':
-        return State(tuple(model.backbone(image)))
-    if not part.startswith('roi_head.'):
-        return State(tuple(model.extract_feat(image)))
-    extractor = extractor_of(model, part)
-    count = rois['proposals' if '.bbox_head' in part else 'detections']
-    return State((image.new_zeros(
-        count, extractor.out_channels, *extractor.roi_layers[0].output_size), ))
 
 
 def extractor_of(model, part):
@@ -171,5 +131,6 @@ def _some(boxes, count, generator):
     return boxes[pick.to(boxes.device)]
 
 
-def _on(model, tensor):
-    return tensor.to(next(model.parameters()).device)
+def device_of(model):
+    """Where the parameters of a model lie."""
+    return next(model.parameters()).device

@@ -4,7 +4,15 @@ import torch
 from toy_chains import chain_of, stream, toy
 
 from pfcr_mm.models import State, part_chains
-from pfcr_mm.reconstruction import ChainReconstructor, UnitConfig, build_schedule, memory, roi
+from pfcr_mm.reconstruction import (
+    ChainReconstructor,
+    UnitConfig,
+    build_schedule,
+    memory,
+    part_streams,
+    roi,
+)
+from pfcr_mm.reconstruction.capture import Images
 from pfcr_mm.reconstruction.pos import Stage
 from pfcr_mm.reconstruction.units import Unit
 
@@ -14,15 +22,21 @@ def unit(start, stop):
 
 
 @pytest.mark.parametrize('schedule, expected', [
-    # leaf 0 alone: two inputs of 10, outputs of 20 and a side of 1; then two boundaries more
-    ([unit(0, 1)], 10 + 10 + 20 + 20 + 1),
-    # leaf 1 holds boundary 0 and 1 of both streams, its output of 5 is below the step before
+    # leaf 0 alone: two inputs of 10, an output of 20 and a side of 1
+    ([unit(0, 1)], 10 + 10 + 20 + 1),
+    # leaf 1 holds boundaries 0 and 1 of both streams, and its output of 5
     ([unit(0, 1), unit(1, 2)], 10 + 10 + 20 + 20 + 5),
     # all at once: inputs, the last output, both sides
     ([unit(0, 2)], 10 + 10 + 5 + 1),
 ], ids=['first', 'both', 'whole'])
 def test_by_hand(schedule, expected):
     assert memory.peak_elements(schedule, sizes=[10, 20, 5], sides=[1, 0]) == expected
+
+
+def test_an_output_that_is_made_anew_for_its_sides():
+    schedule = [unit(0, 1), unit(0, 1), unit(1, 2)]
+    peak = memory.peak_elements(schedule, sizes=[10, 20, 0], sides=[3, 0])
+    assert peak == 10 + 10 + 20 + 20 + 3
 
 
 @pytest.mark.parametrize('levels', [['leaf'], ['leaf', 'block', 'pair', 'stage', 'backbone'],
@@ -44,7 +58,8 @@ def test_against_the_reconstructor(levels, traversal):
 
     def at_step(*_):  # beside the boundaries, the unit's own float outputs
         unit, = current
-        measure(sizes[unit.stop] + sum(sides[unit.start:unit.stop]))
+        end = sizes[unit.stop] if unit.stop == len(chain.leaves) else 0  # else a boundary too
+        measure(end + sum(sides[unit.start:unit.stop]))
 
     put = reconstructor.quantized.put
     reconstructor.quantized.put = lambda *args: (put(*args), measure(0))
@@ -66,9 +81,11 @@ def test_scales_with_area_and_rois(quantized):
     assert set(one) == set(chains)
     for part in chains:
         assert two[part] == pytest.approx(2 * one[part], rel=1e-3) and one[part] > 0
-    bigger = count(2 * 100 * 100, 1)
-    assert bigger['neck'] == two['neck'] and bigger['roi_head.bbox_head'] == one[
-        'roi_head.bbox_head']
+    bigger, head = count(2 * 100 * 100, 1), 'roi_head.bbox_head'
+    assert bigger['neck'] == two['neck']
+    rois_alone = count(0, 1)[head]  # beside the maps of both models
+    assert 0 < rois_alone < one[head]
+    assert bigger[head] - rois_alone == pytest.approx(2 * (one[head] - rois_alone), rel=1e-3)
 
 
 def test_shapes_are_the_streams(quantized, images):
@@ -77,10 +94,12 @@ def test_shapes_are_the_streams(quantized, images):
     rois = dict(proposals=3, detections=2)
     boxes = torch.tensor([[0., 0, 30, 30], [5, 5, 20, 20], [1, 1, 9, 9]])
     for part, kept in (('roi_head.bbox_head', boxes), ('roi_head.mask_head', boxes[:2])):
-        real = roi.roi_stream(quantized, part, images[:1], [kept])
-        sample = roi.sample_state(quantized, part, inputs, rois)
+        real = roi.roi_stream(
+            quantized, part, part_streams.feature_stream(quantized, Images.of(images[:1])), [kept])
+        sample = part_streams.sample_state(quantized, part, inputs, rois)
         assert [t.shape for t in sample.tensors] == [t.shape for t in real.states[0].tensors]
-    for part, real in (('neck', roi.backbone_stream), ('rpn_head', roi.feature_stream)):
-        sample = roi.sample_state(quantized, part, inputs, rois)
-        expected = real(quantized, images[:1]).states[0].tensors
+    for part, real in (('neck', part_streams.backbone_stream),
+                       ('rpn_head', part_streams.feature_stream)):
+        sample = part_streams.sample_state(quantized, part, inputs, rois)
+        expected = real(quantized, Images.of(images[:1])).states[0].tensors
         assert [t.shape for t in sample.tensors] == [t.shape for t in expected]

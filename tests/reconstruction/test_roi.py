@@ -9,6 +9,8 @@ from tiny_models import calibrated
 
 from pfcr_mm.models import part_chains
 from pfcr_mm.reconstruction import roi
+from pfcr_mm.reconstruction.capture import Images
+from pfcr_mm.reconstruction.part_streams import PartStreams, feature_stream
 
 PROPOSALS, DETECTIONS = 12, 5
 
@@ -25,8 +27,9 @@ def model(teacher, images):
 
 @pytest.fixture(scope='module')
 def boxes(teacher, images):
+    images = Images.of(images)
     return roi.float_boxes(
-        teacher, images, PROPOSALS, DETECTIONS, seed=0)
+        teacher, feature_stream(teacher, images), images.samples, PROPOSALS, DETECTIONS, seed=0)
 
 
 def test_there_are_boxes_for_every_roi_part(teacher, boxes, images):
@@ -73,7 +76,8 @@ def test_mask_stages_see_the_float_detections(boxes):
 @pytest.mark.parametrize('part', [f'roi_head.{kind}_head.{stage}' for kind in ('bbox', 'mask')
                                   for stage in range(3)])
 def test_quantized_and_float_streams_line_up(part, model, teacher, boxes, images):
-    quantized, floating = (roi.roi_stream(m, part, images, boxes[part]) for m in (model, teacher))
+    streams = PartStreams((model, teacher), Images.of(images))
+    quantized, floating = streams.into(part, lambda features: boxes)
     assert len(quantized) == len(floating) > 0
     size = 7 if 'bbox' in part else 14
     for ours, theirs in zip(quantized.states, floating.states):
@@ -91,7 +95,8 @@ def test_each_stage_uses_its_own_extractor(model, boxes, images, monkeypatch):
         monkeypatch.setattr(
             extractor, 'forward',
             lambda maps, rois, s=stage, f=extractor.forward: used.append(s) or f(maps, rois))
-    roi.roi_stream(model, 'roi_head.bbox_head.2', images[:1], boxes['roi_head.bbox_head.2'])
+    part = 'roi_head.bbox_head.2'
+    roi.roi_stream(model, part, feature_stream(model, Images.of(images[:1])), boxes[part])
     assert used == [2]
 
 

@@ -116,7 +116,8 @@ def test_a_view_gives_layers_and_final_output():
 def test_at_a_detectors_end_the_maps_are_final():
     """Swin's last leaf is the norm of its last map: nothing is behind it."""
     norm = torch.nn.LayerNorm(4)
-    leaf = Leaf('norm3', lambda state: (State(()), (norm(state.tensors[0]), )), (norm, ))
+    leaf = Leaf(
+        'norm3', lambda state: (State(()), (norm(state.tensors[0]), )), (norm, ), sides=True)
     chain = Chain('backbone', [leaf], -1)
     view = UnitView(chain, Unit('backbone.norm3', 'backbone', 'leaf', 'N1', 0, 1), {FINAL}, chain)
     x = torch.randn(2, 5, 4)
