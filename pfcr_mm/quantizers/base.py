@@ -94,12 +94,13 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
-    def refine(self, inputs, weight):
+    def refine(self, inputs, weight, again=False):
         """Search again, from what is set, for the least error of a layer's output.
 
         Args:
             inputs (Tensor): sampled inputs (n, fan_in), float.
             weight (Tensor): the weight in force (rows, fan_in).
+            again (bool): what is set was found so already, for nearly this weight.
         """
         raise NotImplementedError
 

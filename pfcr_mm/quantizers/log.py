@@ -42,9 +42,9 @@ class LogQuantizer(Quantizer):
             extremes and tuple(value + shift for value in extremes))
         self.set_grid(*(value.to(self.log_scale) for value in found))
 
-    def refine(self, inputs, weight):
+    def refine(self, inputs, weight, again=False):
         self.set_grid(*search.refine_log_grid(
-            inputs + self.spec.shift, weight, *self._grid(), self.spec, self.known_steps))
+            inputs + self.spec.shift, weight, *self._grid(), self.spec, self.known_steps, again))
 
     def _grid(self):
         """Scales and steps an octave, each (size,)."""

@@ -162,13 +162,14 @@ def _rescaled(scale, zero_point, spec):
             middle - (middle - zero_point) / factor).round().clamp(low, high)
 
 
-def refine_activation(inputs, weight, scale, zero_point, spec):
+def refine_activation(inputs, weight, scale, zero_point, spec, again=False):
     """Search a per-tensor input quantizer for the least error of the layer's *output*.
 
     Args:
         inputs (Tensor): sampled inputs (n, fan_in), float.
         weight (Tensor): the weight in force (rows, fan_in).
         scale, zero_point (Tensor): shape (1,), what is in force.
+        again (bool): what is in force was found so already: look near it alone.
 
     Returns:
         tuple[Tensor, Tensor]: scale and zero point, (1,).
@@ -189,10 +190,10 @@ def refine_activation(inputs, weight, scale, zero_point, spec):
 
     return _refine_input(
         inputs, weight, lambda *grid: on_uniform_grid(inputs, *grid, spec),
-        (scale, zero_point), coarse, near)
+        (scale, zero_point), () if again else coarse(), near)
 
 
-def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None):
+def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None, again=False):
     """Search a per-tensor logarithmic input quantizer as `refine_activation` does.
 
     Args:
@@ -200,14 +201,14 @@ def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None):
         weight (Tensor): the weight in force (rows, fan_in).
         scale, steps (Tensor): scale and steps an octave in force, (1,).
         steps_per_octave (float | None): as for `search_log_grid`.
+        again (bool): as for `refine_activation`.
 
     Returns:
         tuple[Tensor, Tensor]: scale and steps an octave, (1,).
     """
     stretches = (0.9, 1.0, 1.1) if steps_per_octave is None else (1.0, )
 
-    def coarse():
-        return _log_grids(inputs.amax().view(1), spec, steps_per_octave)
+    coarse = () if again else _log_grids(inputs.amax().view(1), spec, steps_per_octave)
 
     def near(scale, steps):
         return [(scale * factor, steps * stretch)
@@ -219,7 +220,7 @@ def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None):
 
 
 def _refine_input(inputs, weight, quantize, start, coarse, near):
-    """The grid of least output error of `start` and `coarse()`, then of it and `near` it."""
+    """The grid of least output error of `start` and `coarse`, then of it and `near` it."""
     output_error = _relative_output_error(inputs, weight)
     if output_error is None:
         return start
@@ -227,7 +228,7 @@ def _refine_input(inputs, weight, quantize, start, coarse, near):
     def cost(*grid):
         return output_error(quantize(*grid))
 
-    best = _best_of([start, *coarse()], cost)
+    best = _best_of([start, *coarse], cost)
     return _best_of([best, *near(*best)], cost)
 
 

@@ -46,6 +46,6 @@ class UniformQuantizer(Quantizer):
         found = search.search_range(samples, self.spec, method, extremes)
         self.set_scale(*(value.to(self.log_scale) for value in found))
 
-    def refine(self, inputs, weight):
+    def refine(self, inputs, weight, again=False):
         self.set_scale(*search.refine_activation(
-            inputs, weight, self.scale, self.zero_point, self.spec))
+            inputs, weight, self.scale, self.zero_point, self.spec, again))

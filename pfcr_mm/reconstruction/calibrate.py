@@ -194,8 +194,8 @@ def calibrate(model, seen, method='output', rounds=2, activations=True):
             if activations or not module.input_quantizer.calibrated:
                 _start_input(module.input_quantizer, reservoir, start)
             if method == 'output':
-                for _ in range(rounds):
-                    _refine(module, reservoir.rows, activations)
+                for done in range(rounds):
+                    _refine(module, reservoir.rows, activations, again=done > 0)
     if activations:
         unreached += _calibrate_operands(model, seen, start)
     return unreached
@@ -216,7 +216,7 @@ def _start_input(quantizer, reservoir, method):
     quantizer.calibrate(samples, method, (reservoir.low, reservoir.high))
 
 
-def _refine(layer, rows, activations):
+def _refine(layer, rows, activations, again):
     """One round: the weight under the quantized input, the input under the quantized weight."""
     matrix = layer.weight_rows()
     if matrix is None:
@@ -233,7 +233,7 @@ def _refine(layer, rows, activations):
         layer.weight.data = weight
         matrix = layer.weight_rows()
         layer.weight.data = kept
-        inputs.refine(rows[:1024], matrix)
+        inputs.refine(rows[:1024], matrix, again)
 
 
 def _calibrate_operands(model, seen, method):

@@ -264,6 +264,23 @@ def test_one_massive_value_does_not_decide():
     assert scale.item() < 1
 
 
+@pytest.mark.parametrize('kind', ['uniform', 'adalog'])
+def test_again_looks_near_alone(kind):
+    """From where a search ended it finds the same or a near grid; from far away no other."""
+    spec = QuantizerSpec(kind=kind, bits=4)
+    inputs = torch.rand(300, 16, generator=seeded(0)).square()
+    weight = torch.randn(8, 16, generator=seeded(1))
+    refine = search.refine_activation if kind == 'uniform' else search.refine_log_grid
+    far = torch.tensor([50.0]), torch.tensor([1.0])
+    options = {} if kind == 'uniform' else dict(steps_per_octave=None)
+    found = refine(inputs, weight, *far, spec, **options)
+    twice = refine(inputs, weight, *found, spec, **options)
+    again = refine(inputs, weight, *found, spec, **options, again=True)
+    for whole, near in zip(twice, again):
+        torch.testing.assert_close(near, whole)
+    assert found[0] < 5 < refine(inputs, weight, *far, spec, **options, again=True)[0]
+
+
 @pytest.mark.parametrize('rows', [torch.ones(1, 4), torch.zeros(9, 4)], ids=['one', 'zeros'])
 def test_rows_that_tell_nothing_change_nothing(rows):
     start = torch.tensor([0.1]), torch.tensor([3.0])
