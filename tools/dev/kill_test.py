@@ -3,8 +3,9 @@
     python tools/dev/kill_test.py configs/demo/pfcr_maskrcnn_swin_demo_w4a4.py \
         --work-dir work_dirs/kill_test --kills 50 --per-run 5
 
-One run is left alone; the others are killed by SIGKILL, `--per-run` times each, and
-resumed until they end. `quantized.pth` and `quantized.safetensors` must have the same
+One run is left alone, and it is noted when each of its units was done. The others are killed
+by SIGKILL when they come to random moments of that time, `--per-run` each, and resumed until
+they end. `quantized.pth` and `quantized.safetensors` must have the same
 bytes as those of the run that was left alone, report and unit log the same figures
 (except times and memory). Exit code 1 where one differs.
 """
@@ -16,6 +17,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TOOL = Path(__file__).parents[1] / 'quant.py'
@@ -32,7 +34,6 @@ def main():
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     parser.add_argument('--fork', action='store_true',
                         help='fork processes that have everything imported: more kills an hour')
-    parser.add_argument('--reference', help='work dir of a run that was left alone already')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='passed on to quant.py')
     args = parser.parse_args()
 
@@ -41,17 +42,18 @@ def main():
     start = forked if args.fork else started
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     command = [args.config, *options]
-    reference = Path(args.reference or folder / 'reference')
-    if not args.reference and start(command, reference, folder / 'reference.log')(None):
+    reference = folder / 'reference'
+    times = []
+    if attend(start(command, reference, folder / 'reference.log'), reference, times):
         sys.exit(f'the run that was left alone failed: see {folder}/reference.log')
-    seconds = json.loads((reference / 'report.json').read_text())['seconds']
-    print(f'left alone: {seconds:.0f} s', flush=True)
+    print(f'left alone: {times[-1]:.0f} s, {len(times) - 1} units', flush=True)
 
     kills = equal = runs = same = 0
     while kills < args.kills:
         name = f'killed-{runs}'
-        killed = run_killed(start, command, folder / name, folder / f'{name}.log', moments, seconds,
-                            min(args.per_run, args.kills - kills))
+        count = min(args.per_run, args.kills - kills)
+        killed = run_killed(start, command, folder / name, folder / f'{name}.log', times,
+                            sorted(moments.uniform(0, times[-1]) for _ in range(count)))
         differing = differences(reference, folder / name)
         print(f'{name}: {killed} kills, ' + (', '.join(differing) or 'the same result'), flush=True)
         kills, runs = kills + killed, runs + 1
@@ -64,22 +66,18 @@ def started(command, work_dir, log, *flags):
     """Start a run as a group of processes of its own; its output is appended to `log`.
 
     Returns:
-        callable: waits so many seconds (None: for ever) for the exit code, then kills and
-        returns None.
+        tuple[callable]: poll, which gives the exit code or None, and kill.
     """
     arguments = [command[0], '--work-dir', str(work_dir), *flags, *command[1:]]
     with open(log, 'a') as output:
         process = subprocess.Popen([sys.executable, str(TOOL), *arguments], stdout=output,
                                    stderr=output, start_new_session=True)
 
-    def wait(seconds):
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    def kill():
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
-    return wait
+    return process.poll, kill
 
 
 def forked(command, work_dir, log, *flags):
@@ -100,34 +98,61 @@ def forked(command, work_dir, log, *flags):
     process = multiprocessing.get_context('fork').Process(target=run)
     process.start()
 
-    def wait(seconds):
-        process.join(seconds)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            return None
-        return process.exitcode
+    def kill():
+        process.kill()
+        process.join()
 
-    return wait
+    return lambda: process.exitcode, kill
 
 
-def run_killed(start, command, work_dir, log, moments, seconds, kills):
-    """Run to the end, killed on the way; returns how many kills it took.
+def attend(piece, work_dir, times, moment=None):
+    """Wait for the end of a run, or until it is where the first one was at `moment`, and kill it.
 
-    A piece lives for up to twice its share of the run, and the time a start may take.
+    Args:
+        piece (tuple[callable]): see `started`.
+        work_dir (Path): of the run.
+        times (list[float]): seconds at which the units of the run that is left alone were
+            done, and it itself; filled where `moment` is None and it is empty.
+        moment (float | None): None never kills.
+
+    Returns:
+        int | None: the exit code; None if it was killed.
     """
-    killed = 0
-    while True:
-        life = moments.uniform(0, 10 + 2 * seconds / (kills + 1)) if killed < kills else None
-        code = start(command, work_dir, log, '--resume')(life)
+    poll, kill = piece
+    began = since = time.time()
+    note, done = moment is None and not times, units_done(work_dir)
+    while poll() is None:
+        time.sleep(0.05)
+        count = units_done(work_dir)
+        if count != done:
+            if note:
+                times += [time.time() - began] * (count - done)
+            done, since = count, time.time()
+        if moment is not None:
+            behind = times[done - 1] if done else 0
+            if behind + time.time() - since >= moment:
+                kill()
+                return None
+    if note:
+        times.append(time.time() - began)
+    return poll()
+
+
+def run_killed(start, command, work_dir, log, times, moments):
+    """Run to the end, killed at these moments on the way; returns how many kills it took."""
+    for killed, moment in enumerate([*moments, None]):
+        code = attend(start(command, work_dir, log, '--resume'), work_dir, times, moment)
         if code == 0:
             return killed
         if code is not None:
             sys.exit(f'a piece ended with code {code}: see {log}')
-        killed += 1
-        units = work_dir / 'units.jsonl'
-        done = len(units.read_text().splitlines()) if units.exists() else 0
-        print(f'  killed after {life:.1f} s, {done} units', flush=True)
+        print(f'  killed at {moment:.1f} s, {units_done(work_dir)} units done', flush=True)
+
+
+def units_done(work_dir):
+    """Lines of a run's unit log."""
+    units = work_dir / 'units.jsonl'
+    return units.read_text().count('\n') if units.exists() else 0
 
 
 def differences(one, other):
