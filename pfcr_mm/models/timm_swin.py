@@ -13,6 +13,7 @@ from ..modules import QuantMatmul
 from ..registry import CHAINS, CONVERTERS, POST_NORM, VALUE_PROJECTIONS
 from .chain import Chain, Leaf, State
 from .convert import LayerRecord, quantize_matmuls
+from .swin import window_value_projection
 
 _SWIN = 'timm.models.swin_transformer'
 
@@ -118,10 +119,7 @@ def merging_pairs(merging):
     return [(merging.norm, merging.reduction, None)] if _foldable(merging.norm) else []
 
 
-@VALUE_PROJECTIONS.register(f'{__name__}.QuantTimmWindowAttention')
-def window_value_projection(attention):
-    """(qkv, proj) of a window attention."""
-    return attention.qkv, attention.proj
+VALUE_PROJECTIONS.register(f'{__name__}.QuantTimmWindowAttention')(window_value_projection)
 
 
 def _foldable(norm):
