@@ -36,15 +36,23 @@ class Toy(nn.Module):
         return x
 
 
-def chain_of(model):
-    """Leaves A1 M1 A2 M2 ... : a block is two leaves, a stage two blocks."""
+def chain_of(model, sides=()):
+    """Leaves A1 M1 A2 M2 ... : a block is two leaves, a stage two blocks.
 
-    def run(branch):
-        return lambda state: (State((branch(state.tensors[0]), ), state.meta), ())
+    Leaves numbered in `sides` give half of what they put out as a side output.
+    """
+
+    def run(number, branch):
+        def forward(state):
+            x = branch(state.tensors[0])
+            return State((x, ), state.meta), (x / 2, ) if number in sides else ()
+
+        return forward
 
     return Chain('backbone', [
-        Leaf(f'stages.{i // 4}.blocks.{i // 2 % 2}.{"attn" if i % 2 == 0 else "ffn"}', run(branch),
-             (branch, ), block=i // 2, stage=i // 4, letter='AM'[i % 2])
+        Leaf(f'stages.{i // 4}.blocks.{i // 2 % 2}.{"attn" if i % 2 == 0 else "ffn"}',
+             run(i, branch), (branch, ), block=i // 2, stage=i // 4, letter='AM'[i % 2],
+             sides=i in sides)
         for i, branch in enumerate(model.branches)
     ], channel_axis=-1)
 

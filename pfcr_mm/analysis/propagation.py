@@ -3,12 +3,10 @@ import torch
 
 from ..models import State, part_chains
 from ..reconstruction import roi
-from ..reconstruction.capture import Images
-from ..reconstruction.part_streams import feature_stream
 from .noise import Noise
 from .probe import on_device
 
-_BOXES = dict(proposals_per_image=32, detections_per_image=8)
+_BOXES = dict(proposals=32, detections=8)
 
 
 @torch.no_grad()
@@ -68,9 +66,10 @@ def common_boxes(floating, images):
     """Boxes of the float model for each RoI head and image, or None without RoI heads."""
     if not any(part.startswith('roi_head.') for part in part_chains(floating)[0]):
         return None
-    images = Images.of(images)
-    return roi.own_boxes(
-        floating, feature_stream(floating, images), images.samples, seed=0, **_BOXES)
+    found = [roi.boxes_of(floating, floating.extract_feat(on_device(floating, inputs)), samples,
+                          number, seed=0, **_BOXES)
+             for number, (inputs, samples) in enumerate(images)]
+    return {part: [boxes[part] for boxes in found] for part in found[0]} if found else {}
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..models import part_chains
 from ..models.checkpoint import save_quantized
 from ..models.reparam import fold_alike
 from ..modules import QuantLayer, set_quantization
-from ..reconstruction import ChainReconstructor, Faults, harden, roi
+from ..reconstruction import ChainReconstructor, Faults, harden
 from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
 from ..reconstruction.cache import FeatureCache
 from ..reconstruction.part_streams import PartStreams
@@ -199,12 +199,14 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             fold_alike(self.teacher, folds)  # targets then mean what the model's maps mean
             self.folds.update(folds)
         set_quantization(self.model, stage.quantize_weights, stage.quantize_activations)
+        todo = {part: schedule for part, schedule in self.schedules[stage.number].items()
+                if len(schedule) > self.units_done(stage, part)}
         streams = PartStreams(
-            (self.model, self.teacher), self.images, self.cache, self.images_at_once)
-        for part, schedule in self.schedules[stage.number].items():
-            done = self.units_done(stage, part)
-            if len(schedule) > done:
-                self.reconstruct_part(part, streams, schedule, stage, done)
+            (self.model, self.teacher), self.images, list(todo), self._boxes, self.rois, self.seed,
+            self.cache, self.images_at_once)
+        for part, schedule in todo.items():
+            self.reconstruct_part(
+                part, streams, schedule, stage, self.units_done(stage, part))
         self.runner.call_hook('after_stage')
         if not stage.quantize_weights:  # the scales in force were those of other weights
             for layer in self.model.modules():
@@ -216,7 +218,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
 
         The first `done` units of the schedule are there already.
         """
-        quantized, floating = streams.into(part, self._float_boxes)
+        quantized, floating = streams.into(part)
+        self._boxes = streams.boxes
         if parallel.total(len(quantized)) == 0:
             self.note(f'{part}: no calibration image has a box for it; left as calibrated')
             return
@@ -275,14 +278,6 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
                 self.note(text)
 
         return Faults(tell, self.on_nonfinite, names.get)
-
-    def _float_boxes(self, features):
-        """Boxes of the float model by RoI head, from its maps; the same for a whole run."""
-        if self._boxes is None:
-            self._boxes = roi.float_boxes(
-                self.teacher, features, self.images.samples, self.rois['proposals'],
-                self.rois['detections'], self.seed)
-        return self._boxes
 
     def _end_unit(self, record):
         record.peak_memory_mb = peak_memory_mb()

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ..errors import UsageError
+
 
 class State(NamedTuple):
     """What flows between two leaves.
@@ -83,12 +85,15 @@ class Chain:
 
         Returns:
             tuple[State, tuple]: the last state, and the side outputs of all leaves run.
+
+        Raises:
+            UsageError: a leaf has side outputs and does not say so.
         """
         side = ()
         for leaf in self.leaves[start:stop]:
             state, outputs = leaf.forward(state)
             if outputs and not leaf.sides:
-                raise RuntimeError(f'{self.name}.{leaf.name} has side outputs; its Leaf needs '
-                                   'sides=True')
+                raise UsageError(f'the chain of {self.name} has side outputs at its leaf '
+                                 f'{leaf.name!r}, which must be made with sides=True')
             side += outputs
         return state, side

@@ -147,44 +147,63 @@ def advance(chain, stream, start, stop, device, at_once=None, cache=None, sides=
         f'{chain.name} between its units', device, at_once, cache, sides)
 
 
-@torch.no_grad()
 def run_over(stream, function, modules, where, device, at_once=None, cache=None, sides=False):
-    """Run a function over a stream, equal shapes together.
+    """Run a function over a stream, and keep what it gives.
 
     Args:
-        stream (Stream): its input.
         function (Callable): State -> (State, tuple of side outputs), batch first.
-        modules (list[nn.Module]): that it uses; they quantize their weights once.
-        where (str): what it is, to be told where memory runs out.
-        device, at_once, cache, sides: see `advance`.
+        cache, sides: see `advance`; the others `in_batches`.
 
     Returns:
         tuple[Stream, Stream | None]: what it gives, and its side outputs.
     """
     cache = cache or FeatureCache()
+
+    def run(batches):
+        states, side_states = [None] * len(stream), [None] * len(stream)
+        shelf, side_shelf = cache.shelf(), cache.shelf()
+        for indices, batch in batches:
+            state, side = function(batch)
+            sizes = [stream.states[i].rows for i in indices]
+            for k, i in enumerate(indices):
+                # kept at once: nothing piles up on the device or in float32
+                states[i] = shelf.keep(State(_part(state.tensors, sizes, k), state.meta))
+                if sides:
+                    side_states[i] = side_shelf.keep(State(_part(side, sizes, k)))
+        return (Stream(states, stream.numbers),
+                Stream(side_states, stream.numbers) if sides else None)
+
+    return in_batches(stream, run, modules, where, device, at_once)
+
+
+@torch.no_grad()
+def in_batches(stream, run, modules, where, device, at_once=None):
+    """Go through a stream, equal shapes together; where memory runs out, again with fewer.
+
+    Args:
+        stream (Stream): to go through.
+        run (Callable): takes an iterator of (indices, State), the batches.
+        modules (list[nn.Module]): that it uses; they quantize their weights once.
+        where (str): what it is, to be told where memory runs out.
+        device (torch.device): where to compute.
+        at_once (int | None): images together at most, and 8 at most.
+
+    Returns:
+        what `run` returns.
+    """
     limit = BatchLimit(_AT_ONCE, where, _log, at_once)
+
+    def batches(size):
+        for bucket in stream.buckets():
+            for indices in _chunks(bucket, size):
+                yield indices, stream.batch(indices, device)
+
     with weights_once(modules):
-        return limit.run(lambda size: _run_over(stream, function, device, size, cache, sides))
+        return limit.run(lambda size: run(batches(size)))
 
 
 def _log(line):
     print_log(line, 'current', logging.WARNING)
-
-
-def _run_over(stream, function, device, batch_size, cache, wants_sides):
-    states, sides = [None] * len(stream), [None] * len(stream)
-    shelf, side_shelf = cache.shelf(), cache.shelf()
-    for bucket in stream.buckets():
-        for chunk in _chunks(bucket, batch_size):
-            state, side = function(stream.batch(chunk, device))
-            sizes = [stream.states[i].rows for i in chunk]
-            for k, i in enumerate(chunk):
-                # kept at once: nothing piles up on the device or in float32
-                states[i] = shelf.keep(State(_part(state.tensors, sizes, k), state.meta))
-                if wants_sides:
-                    sides[i] = side_shelf.keep(State(_part(side, sizes, k)))
-    return (Stream(states, stream.numbers),
-            Stream(sides, stream.numbers) if wants_sides else None)
 
 
 def split(entries, held_out):

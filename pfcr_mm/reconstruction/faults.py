@@ -84,7 +84,7 @@ class BatchLimit:
                     'quantize_cfg.rois, or use smaller images; --resume goes on')
             size = self.size = -(-size // 2)
             self.tell(f'out of memory in {self.where}: its batches are computed {size} images '
-                      'at a time, with accumulated gradients; the steps stay the same')
+                      'at a time; the steps of learning stay the same')
 
 
 def is_out_of_memory(error):

@@ -28,7 +28,7 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
     """
     height, width = getattr(model, 'input_size', (SIDE, SIDE))
     image = next(model.parameters()).new_zeros(1, 3, height, width)
-    found = {}
+    found, inputs = {}, {}
     for part, schedule in schedules.items():
         if not schedule:
             found[part] = 0
@@ -36,11 +36,15 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
         sizes, sides = boundary_sizes(chains[part], sample_state(model, part, image, rois))
         if part == 'backbone':
             sizes[0] = 0  # the images are there anyhow
-        found[part] = peak_elements(schedule, sizes, sides) * (
-            images if part.startswith('roi_head.') else pixels / (height * width))
-        if part.startswith('roi_head.'):  # the maps of both models, which all of them read
-            found[part] += 2 * _elements(model.extract_feat(image)) * pixels / (height * width)
-    return {part: round(count) for part, count in found.items()}
+        scale = images if part.startswith('roi_head.') else pixels / (height * width)
+        found[part] = round(peak_elements(schedule, sizes, sides) * scale)
+        if part.startswith('roi_head.'):
+            inputs[part] = 2 * sizes[0] * images
+    waiting = 0  # streams into RoI heads are made for all of them together with the first head's
+    for part in reversed(found):
+        if part not in ('backbone', 'neck') and found[part]:
+            found[part], waiting = found[part] + waiting, waiting + inputs.get(part, 0)
+    return found
 
 
 def boundary_sizes(chain, state):
@@ -50,8 +54,8 @@ def boundary_sizes(chain, state):
         tuple[list[int], list[int]]: leaves + 1 and leaves long.
     """
     sizes, sides = [_elements(state.tensors)], []
-    for leaf in chain.leaves:
-        state, side = leaf.forward(state)
+    for number in range(len(chain.leaves)):
+        state, side = chain.run(state, number, number + 1)
         sizes.append(_elements(state.tensors))
         sides.append(_elements(side))
     return sizes, sides
@@ -60,8 +64,9 @@ def boundary_sizes(chain, state):
 def peak_elements(schedule, sizes, sides):
     """The most that `ChainReconstructor` holds at once while it walks a schedule.
 
-    Both streams are kept at boundaries where a later unit starts. The unit in work adds its
-    float outputs, which stay as a boundary while units within it are done.
+    Both streams are kept at boundaries where a later unit starts, the float one also where one
+    ends. The unit in work adds its float outputs, which are such a boundary except at the
+    chain's end. What a loss wants to see beside the unit's own outputs is left out.
 
     Args:
         schedule (list[Unit]): units in order.
@@ -87,7 +92,8 @@ def peak_elements(schedule, sizes, sides):
             floating.add(upcoming[0].start)
             peak = max(peak, held())
         needed = {later.start for later in upcoming} | {0}
-        quantized, floating = quantized & needed, floating & needed
+        quantized &= needed
+        floating &= needed | {later.stop for later in upcoming}
     return peak
 
 

@@ -1,69 +1,124 @@
 """Streams into the parts of a model, neck and heads included."""
+from functools import partial
+
 import torch
 
+from .. import parallel
 from ..models.chain import State
 from . import roi
-from .capture import run_over
+from .cache import FeatureCache
+from .capture import Stream, in_batches, run_over
 
 
 class PartStreams:
     """What flows into the parts of a model and of its float twin, as they are at the time.
 
-    Parts come in the order in which they are run. All heads read the same maps, which are
-    computed once: when the first of them asks, behind a backbone and a neck that are final.
+    Parts come in the order in which they are run. All heads read the same maps: when the
+    first of them asks, backbone and neck are final, and the streams into all of them are made
+    in one run of each model.
 
     Args:
         models (tuple[nn.Module]): the quantized and the float one.
         images (Images): of calibration.
+        parts (list[str]): that will ask, in order.
+        boxes (dict[str, list[Tensor]] | None): of the float model for RoI heads, by part and
+            number of the image, over all processes; None finds them.
+        rois (dict): RoIs an image, `proposals` and `detections`.
+        seed (int): draws proposals.
         cache (FeatureCache | None): keeps the streams.
         at_once (int | None): images computed together at most.
     """
 
-    def __init__(self, models, images, cache=None, at_once=None):
-        self.models, self.images = models, images
-        self.cache, self.at_once = cache, at_once
-        self._features = None
+    def __init__(self, models, images, parts, boxes, rois, seed, cache=None, at_once=None):
+        self.models, self.images, self.boxes = models, images, boxes
+        self.rois, self.seed, self.cache, self.at_once = rois, seed, cache, at_once
+        self._heads = [part for part in parts if part not in ('backbone', 'neck')]
+        self._into = {}
 
-    def into(self, part, boxes=None):
-        """(quantized, float) streams into a part.
-
-        Args:
-            part (str): its name.
-            boxes (Callable | None): float features -> boxes by part, see `roi.float_boxes`;
-                for RoI heads.
-        """
+    def into(self, part):
+        """(quantized, float) streams into a part; to be asked once."""
         if part == 'backbone':
             return (self.images.stream(), ) * 2
         if part == 'neck':
-            return [backbone_stream(m, self.images, self.cache, self.at_once)
-                    for m in self.models]
-        if self._features is None:
-            self._features = [feature_stream(m, self.images, self.cache, self.at_once)
-                              for m in self.models]
-        if not part.startswith('roi_head.'):  # RPN and dense heads
-            return self._features
-        found = boxes(self._features[1])[part]
-        return [roi.roi_stream(m, part, features, found, self.cache)
-                for m, features in zip(self.models, self._features)]
+            return tuple(backbone_stream(m, self.images, self.cache, self.at_once)
+                         for m in self.models)
+        if not self._into:
+            self._run()
+        return self._into.pop(part)
+
+    def _run(self):
+        """Both models up to the maps of their necks: streams into all heads."""
+        model, teacher = self.models
+        boxes_of = partial(roi.boxes_of, teacher, seed=self.seed, **self.rois)
+        if self.boxes is not None:
+            boxes_of = self._known
+        # image by image, so that boxes are the same for any number of processes
+        floating, boxes = head_streams(
+            teacher, self.images, self._heads, boxes_of, self.cache, at_once=1)
+        if self.boxes is None and boxes:
+            self.boxes = {part: parallel.whole(parallel.Shard(found, self.images.numbers))
+                          for part, found in boxes.items()}
+        quantized, _ = head_streams(
+            model, self.images, self._heads, self._known, self.cache, self.at_once)
+        self._into = {part: (quantized[part], floating[part]) for part in self._heads}
+
+    def _known(self, maps, samples, number):
+        return {part: found[number] for part, found in self.boxes.items()}
 
 
 def backbone_stream(model, images, cache=None, at_once=None):
     """Stream into the neck: the backbone's maps."""
-    return _map_stream(model, images, model.backbone, 'backbone', cache, at_once)
-
-
-def feature_stream(model, images, cache=None, at_once=None):
-    """Stream into the RPN or a dense head: all maps of the neck."""
-    return _map_stream(model, images, model.extract_feat, 'backbone and neck', cache, at_once)
-
-
-def _map_stream(model, images, maps_of, where, cache, at_once):
 
     def run(state):
-        return State(tuple(maps_of(state.tensors[0]))), ()
+        return State(tuple(model.backbone(state.tensors[0]))), ()
 
     return run_over(
-        images.stream(), run, [model], where, roi.device_of(model), at_once, cache)[0]
+        images.stream(), run, [model], 'the backbone', _device_of(model), at_once, cache)[0]
+
+
+def head_streams(model, images, parts, boxes_of, cache=None, at_once=None):
+    """Streams into heads: all maps of the neck, or the features of RoIs.
+
+    Args:
+        model (nn.Module): a detector.
+        images (Images): of calibration.
+        parts (list[str]): names of heads.
+        boxes_of (callable): maps, data samples and number of an image -> boxes (n, 4) by RoI
+            head; called only where `parts` has one.
+        cache, at_once: see `PartStreams`.
+
+    Returns:
+        tuple[dict[str, Stream], dict[str, list[Tensor]]]: streams by part, those of RoI heads
+        without the images that have no box; and boxes by RoI head, an entry an image.
+    """
+    cache = cache or FeatureCache()
+    rois = [part for part in parts if part.startswith('roi_head.')]
+    dense = [part for part in parts if part not in rois]
+
+    def run(batches):
+        shelves = {part: cache.shelf() for part in ('maps', *rois)}
+        kept, boxes = {part: {} for part in shelves}, [{}] * len(images)
+        for indices, state in batches:
+            maps = model.extract_feat(state.tensors[0])
+            for k, index in enumerate(indices):
+                own = tuple(m[k:k + 1] for m in maps)
+                if dense:
+                    kept['maps'][index] = shelves['maps'].keep(State(own))
+                if rois:
+                    boxes[index] = boxes_of(own, images.samples[index], images.numbers[index])
+                for part in rois:
+                    if len(boxes[index][part]):
+                        features = roi.crops(model, part, own, boxes[index][part])
+                        kept[part][index] = shelves[part].keep(State((features, )))
+        return kept, boxes
+
+    kept, boxes = in_batches(
+        images.stream(), run, [model], 'backbone and neck', _device_of(model), at_once)
+    streams = {part: Stream([states[i] for i in sorted(states)],
+                            [images.numbers[i] for i in sorted(states)])
+               for part, states in kept.items()}
+    return ({part: streams[part if part in rois else 'maps'] for part in parts},
+            {part: [found[part] for found in boxes] for part in rois})
 
 
 @torch.no_grad()
@@ -86,3 +141,7 @@ def sample_state(model, part, image, rois):
     count = rois['proposals' if '.bbox_head' in part else 'detections']
     return State((image.new_zeros(
         count, extractor.out_channels, *extractor.roi_layers[0].output_size), ))
+
+
+def _device_of(model):
+    return next(model.parameters()).device

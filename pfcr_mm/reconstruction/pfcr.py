@@ -130,10 +130,12 @@ class ChainReconstructor:
     def _move_on(self, unit, upcoming):
         """Run the streams to the next unit, if it is further on than this one.
 
-        Of the boundaries those stay where a later unit starts (and 0: all can be run from it).
+        Of the boundaries those stay where a later unit starts (and 0: all can be run from it),
+        of the float ones also those where it ends: its targets.
         """
-        needed = {later.start for later in upcoming}
-        for boundaries in (self.quantized, self.floating):
+        starts = {later.start for later in upcoming}
+        for boundaries, needed in ((self.quantized, starts),
+                                   (self.floating, starts | {later.stop for later in upcoming})):
             if upcoming and upcoming[0].start >= unit.stop:
                 boundaries.at(upcoming[0].start)
             boundaries.keep_only(needed)

@@ -9,64 +9,45 @@ import torch
 from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
 
-from .. import parallel
-from ..models.chain import State
-from .cache import FeatureCache
-from .capture import Stream
 from .noise import seed_of
 
 
-def float_boxes(teacher, features, samples, proposals_per_image, detections_per_image, seed):
-    """Boxes of the float model for every RoI head: those of all processes' images.
-
-    Takes what `own_boxes` takes and gives what it gives, of all images.
-    """
-    boxes = own_boxes(
-        teacher, features, samples, proposals_per_image, detections_per_image, seed)
-    return {part: parallel.whole(parallel.Shard(found, features.numbers))
-            for part, found in boxes.items()}
-
-
 @torch.no_grad()
-def own_boxes(teacher, features, samples, proposals_per_image, detections_per_image, seed):
-    """Boxes of the float model for every RoI head, of the images at hand.
+def boxes_of(teacher, maps, samples, number, proposals, detections, seed):
+    """Boxes of the float model on one image, for every RoI head.
 
     A box head of a cascade sees the proposals as the float stages before it refined
     them; all mask heads see the float detections.
 
     Args:
         teacher (nn.Module): the float detector.
-        features (Stream): its maps, see `feature_stream`.
-        samples (list): data samples of each image.
-        proposals_per_image (int): proposals kept: the best half, and a random half.
-        detections_per_image (int): detections kept, best first.
-        seed (int): draws proposals, with the image's number.
+        maps (tuple[Tensor]): of its neck, batch 1.
+        samples (list): the image's data sample.
+        number (int): of the image; draws proposals, with the seed.
+        proposals (int): kept: the best half, and a random half.
+        detections (int): kept, best first.
+        seed (int): see `number`.
 
     Returns:
-        dict[str, list[Tensor]]: for each part, such as 'roi_head.bbox_head' or
-        'roi_head.mask_head.2', one entry an image: boxes (n, 4) in pixels of the network's
-        input; n may be 0.
+        dict[str, Tensor]: for each part, such as 'roi_head.bbox_head' or
+        'roi_head.mask_head.2': boxes (n, 4) in pixels of the network's input, on the CPU;
+        n may be 0.
     """
-    roi_head, device = teacher.roi_head, device_of(teacher)
+    roi_head = teacher.roi_head
     cascade = isinstance(roi_head, CascadeRoIHead)
     stages = range(roi_head.num_stages) if cascade else (None, )
     box_parts, mask_parts = ([f'roi_head.{name}' + ('' if i is None else f'.{i}') for i in stages]
                              for name in ('bbox_head', 'mask_head'))
-    boxes = {part: [] for part in box_parts + mask_parts}
-    for index, (number, image_samples) in enumerate(zip(features.numbers, samples)):
-        generator = torch.Generator().manual_seed(seed_of(seed, number))
-        metas = [sample.metainfo for sample in image_samples]
-        maps = features.batch([index], device).tensors
-        found = teacher.rpn_head.predict(maps, image_samples, rescale=False)
-        kept = _some(found[0].bboxes, proposals_per_image, generator)
-        entering = refined(roi_head, maps, kept, metas[0]) if cascade else [kept]
-        for part, stage_boxes in zip(box_parts, entering):
-            boxes[part].append(stage_boxes.cpu())
-        # without the masks, which `predict` would paste too
-        results = roi_head.predict_bbox(maps, metas, found, roi_head.test_cfg, rescale=False)
-        for part in mask_parts:
-            boxes[part].append(results[0].bboxes[:detections_per_image].cpu())
-    return boxes
+    metas = [sample.metainfo for sample in samples]
+    found = teacher.rpn_head.predict(maps, samples, rescale=False)
+    generator = torch.Generator().manual_seed(seed_of(seed, number))
+    kept = _some(found[0].bboxes, proposals, generator)
+    entering = refined(roi_head, maps, kept, metas[0]) if cascade else [kept]
+    # without the masks, which `predict` would paste too
+    results = roi_head.predict_bbox(maps, metas, found, roi_head.test_cfg, rescale=False)
+    detected = results[0].bboxes[:detections].cpu()
+    return {**{part: boxes.cpu() for part, boxes in zip(box_parts, entering)},
+            **dict.fromkeys(mask_parts, detected)}
 
 
 def refined(roi_head, maps, boxes, meta):
@@ -95,27 +76,17 @@ def refined(roi_head, maps, boxes, meta):
     return entering
 
 
-@torch.no_grad()
-def roi_stream(model, part, features, boxes, cache=None):
-    """Stream into a RoI head: features (n, C, h, w) of the images that have boxes.
+def crops(model, part, maps, boxes):
+    """What a RoI head sees of one image: features (n, C, h, w) at its boxes.
 
     Args:
         model (nn.Module): the detector.
         part (str): name of the head, such as 'roi_head.bbox_head.1'.
-        features (Stream): maps of the same model, see `feature_stream`.
-        boxes (list[Tensor]): (n, 4) an image, by its number.
-        cache (FeatureCache | None): keeps the features.
+        maps (tuple[Tensor]): of its neck, batch 1.
+        boxes (Tensor): (n, 4).
     """
-    shelf, device = (cache or FeatureCache()).shelf(), device_of(model)
     extractor = extractor_of(model, part)
-    states, numbers = [], []
-    for index, number in enumerate(features.numbers):
-        if len(boxes[number]) == 0:
-            continue
-        maps = features.batch([index], device).tensors[:extractor.num_inputs]
-        states.append(shelf.keep(State((extractor(maps, bbox2roi([boxes[number].to(device)])), ))))
-        numbers.append(number)
-    return Stream(states, numbers)
+    return extractor(maps[:extractor.num_inputs], bbox2roi([boxes.to(maps[0].device)]))
 
 
 def extractor_of(model, part):
@@ -129,8 +100,3 @@ def _some(boxes, count, generator):
     order = torch.randperm(max(0, len(boxes) - half), generator=generator) + half
     pick = torch.cat([torch.arange(min(half, len(boxes))), order])[:count]
     return boxes[pick.to(boxes.device)]
-
-
-def device_of(model):
-    """Where the parameters of a model lie."""
-    return next(model.parameters()).device

@@ -169,6 +169,19 @@ def test_killed_with_other_options(quick, die, tmp_path):
     assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
+def test_killed_between_the_units_of_heads(quick, die, tmp_path):
+    """Streams into heads are made for all of them at once: here again, for those that are left."""
+    extra = ['quantize_cfg.parts=[*head*]', *BRIEF[1:], 'quantize_cfg.head_levels=[leaf]',
+             'quantize_cfg.cache_dtype=float16']
+    assert quant_main(quick(tmp_path / 'whole', extra=extra)) == 0
+    ways = [('after_unit', 1), ('after_unit', 2), ('unit_step', 1), ('after_unit', 3)]
+    die(ways)
+    assert run_pieces(quick(tmp_path / 'run', extra=extra), ways) == len(ways) + 1
+    assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
+    parts = {u['chain'] for u in kill_test.read_units(tmp_path / 'run' / 'units.jsonl')}
+    assert parts == {'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head'}
+
+
 def test_killed_while_the_page_is_made(quick, monkeypatch, tmp_path):
     """A run has finished when report.html is there; until then --resume makes it."""
     extra = [*BRIEF, 'quantize_hooks.6.enabled=True']

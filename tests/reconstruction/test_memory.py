@@ -10,7 +10,6 @@ from pfcr_mm.reconstruction import (
     build_schedule,
     memory,
     part_streams,
-    roi,
 )
 from pfcr_mm.reconstruction.capture import Images
 from pfcr_mm.reconstruction.pos import Stage
@@ -81,11 +80,17 @@ def test_scales_with_area_and_rois(quantized):
     assert set(one) == set(chains)
     for part in chains:
         assert two[part] == pytest.approx(2 * one[part], rel=1e-3) and one[part] > 0
-    bigger, head = count(2 * 100 * 100, 1), 'roi_head.bbox_head'
-    assert bigger['neck'] == two['neck']
-    rois_alone = count(0, 1)[head]  # beside the maps of both models
-    assert 0 < rois_alone < one[head]
-    assert bigger[head] - rois_alone == pytest.approx(2 * (one[head] - rois_alone), rel=1e-3)
+    bigger, box_head, mask_head = count(2 * 100 * 100, 1), *[f'roi_head.{k}_head' for k in (
+        'bbox', 'mask')]
+    assert bigger['neck'] == two['neck'] and bigger[box_head] == one[box_head]
+    # features for the mask head wait while the heads before it are reconstructed
+    sizes = {part: sum(t.numel() for t in part_streams.sample_state(
+        quantized, part, torch.zeros(1, 3, 64, 64), rois).tensors) for part in chains}
+    alone = {part: memory.stream_elements(
+        quantized, chains, {**schedules, mask_head: []}, 100 * 100, 1, rois)[part]
+        for part in ('rpn_head', box_head)}
+    for part, count_alone in alone.items():
+        assert one[part] - count_alone == 2 * sizes[mask_head]
 
 
 def test_shapes_are_the_streams(quantized, images):
@@ -93,13 +98,11 @@ def test_shapes_are_the_streams(quantized, images):
     inputs = torch.zeros_like(images[0][0])
     rois = dict(proposals=3, detections=2)
     boxes = torch.tensor([[0., 0, 30, 30], [5, 5, 20, 20], [1, 1, 9, 9]])
-    for part, kept in (('roi_head.bbox_head', boxes), ('roi_head.mask_head', boxes[:2])):
-        real = roi.roi_stream(
-            quantized, part, part_streams.feature_stream(quantized, Images.of(images[:1])), [kept])
+    heads = {'rpn_head': None, 'roi_head.bbox_head': boxes, 'roi_head.mask_head': boxes[:2]}
+    one = Images.of(images[:1])
+    real, _ = part_streams.head_streams(quantized, one, list(heads), lambda *_: heads)
+    real['neck'] = part_streams.backbone_stream(quantized, one)
+    assert set(real) == set(part_chains(quantized)[0]) - {'backbone'}
+    for part, found in real.items():
         sample = part_streams.sample_state(quantized, part, inputs, rois)
-        assert [t.shape for t in sample.tensors] == [t.shape for t in real.states[0].tensors]
-    for part, real in (('neck', part_streams.backbone_stream),
-                       ('rpn_head', part_streams.feature_stream)):
-        sample = part_streams.sample_state(quantized, part, inputs, rois)
-        expected = real(quantized, Images.of(images[:1])).states[0].tensors
-        assert [t.shape for t in sample.tensors] == [t.shape for t in expected]
+        assert [t.shape for t in sample.tensors] == [t.shape for t in found.states[0].tensors]

@@ -10,9 +10,10 @@ from tiny_models import calibrated
 from pfcr_mm.models import part_chains
 from pfcr_mm.reconstruction import roi
 from pfcr_mm.reconstruction.capture import Images
-from pfcr_mm.reconstruction.part_streams import PartStreams, feature_stream
+from pfcr_mm.reconstruction.part_streams import PartStreams
 
 PROPOSALS, DETECTIONS = 12, 5
+ROIS = dict(proposals=PROPOSALS, detections=DETECTIONS)
 
 
 @pytest.fixture(scope='module')
@@ -25,11 +26,17 @@ def model(teacher, images):
     return calibrated(copy.deepcopy(teacher), images)
 
 
+def streams_of(model, teacher, images, parts=None, boxes=None):
+    """Streams into all heads, run."""
+    heads = parts or [p for p in part_chains(teacher)[0] if p not in ('backbone', 'neck')]
+    streams = PartStreams((model, teacher), Images.of(images), heads, boxes, ROIS, seed=0)
+    streams.into(heads[0])
+    return streams
+
+
 @pytest.fixture(scope='module')
 def boxes(teacher, images):
-    images = Images.of(images)
-    return roi.float_boxes(
-        teacher, feature_stream(teacher, images), images.samples, PROPOSALS, DETECTIONS, seed=0)
+    return streams_of(teacher, teacher, images).boxes
 
 
 def test_there_are_boxes_for_every_roi_part(teacher, boxes, images):
@@ -76,8 +83,8 @@ def test_mask_stages_see_the_float_detections(boxes):
 @pytest.mark.parametrize('part', [f'roi_head.{kind}_head.{stage}' for kind in ('bbox', 'mask')
                                   for stage in range(3)])
 def test_quantized_and_float_streams_line_up(part, model, teacher, boxes, images):
-    streams = PartStreams((model, teacher), Images.of(images))
-    quantized, floating = streams.into(part, lambda features: boxes)
+    streams = streams_of(model, teacher, images, ['rpn_head', part], boxes)
+    quantized, floating = streams.into(part)
     assert len(quantized) == len(floating) > 0
     size = 7 if 'bbox' in part else 14
     for ours, theirs in zip(quantized.states, floating.states):
@@ -96,8 +103,48 @@ def test_each_stage_uses_its_own_extractor(model, boxes, images, monkeypatch):
             extractor, 'forward',
             lambda maps, rois, s=stage, f=extractor.forward: used.append(s) or f(maps, rois))
     part = 'roi_head.bbox_head.2'
-    roi.roi_stream(model, part, feature_stream(model, Images.of(images[:1])), boxes[part])
+    roi.crops(model, part, model.extract_feat(images[0][0]), boxes[part][0])
     assert used == [2]
+
+
+def test_float_detections_are_mmdets(teacher, boxes, images):
+    """What `predict` finds, which pastes masks too."""
+    for (inputs, samples), ours in zip(images, boxes['roi_head.mask_head.0']):
+        maps = teacher.extract_feat(inputs)
+        found = teacher.rpn_head.predict(maps, samples, rescale=False)
+        results = teacher.roi_head.predict(maps, found, samples, rescale=False)
+        assert torch.equal(ours, results[0].bboxes[:DETECTIONS])
+
+
+def test_all_heads_share_one_run_of_each_model(model, teacher, images, monkeypatch):
+    seen = {}
+    for name, detector in (('quantized', model), ('float', teacher)):
+        def counted(inputs, name=name, extract_feat=detector.extract_feat):
+            seen.setdefault(name, []).append(len(inputs))
+            return extract_feat(inputs)
+
+        monkeypatch.setattr(detector, 'extract_feat', counted)
+        monkeypatch.setattr(detector.roi_head, 'predict_mask', lambda *_, **__: pytest.fail())
+    images = [images[0], *images]  # the others are of other sizes
+    streams = streams_of(model, teacher, images)
+    heads = [p for p in part_chains(teacher)[0] if p.startswith('roi_head.')]
+    for part in heads:
+        assert [len(stream) for stream in streams.into(part)] == [len(images)] * 2
+    assert seen['float'] == [1] * len(images)  # boxes do not depend on who sits beside
+    assert sorted(seen['quantized']) == [1] * (len(images) - 2) + [2]
+
+
+def test_boxes_that_are_known_are_kept(model, teacher, images, boxes):
+    """As in a run that is resumed, or in the second stage of POS."""
+    moved = {part: [b + 1 for b in found] for part, found in boxes.items()}
+    streams = streams_of(model, teacher, images, ['roi_head.bbox_head.0'], moved)
+    assert streams.boxes is moved
+    again = streams_of(model, teacher, images, ['rpn_head', 'roi_head.bbox_head.0'], moved)
+    plain = streams_of(model, teacher, images, ['rpn_head', 'roi_head.bbox_head.0'], boxes)
+    quantized, floating = again.into('roi_head.bbox_head.0')
+    others = plain.into('roi_head.bbox_head.0')
+    for ours, theirs in zip((quantized, floating), others):
+        assert not torch.equal(ours.states[0].tensors[0], theirs.states[0].tensors[0])
 
 
 def test_an_image_without_proposals(teacher, images):
