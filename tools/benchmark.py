@@ -12,8 +12,9 @@ import sys
 import torch
 
 from pfcr_mm.benchmark.cases import KINDS, SIZES
-from pfcr_mm.benchmark.run import run_benchmark
+from pfcr_mm.benchmark.run import measure_units
 from pfcr_mm.benchmark.timing import CLOCKS
+from pfcr_mm.benchmark.whole_runs import measure_runs
 from pfcr_mm.errors import UsageError
 from pfcr_mm.files import write_atomically
 
@@ -35,14 +36,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    found = {}
     try:
-        found = run_benchmark(args.size, args.kinds, args.pairs, args.clock, args.device,
-                              args.images, args.cfg_options)
+        for part in (
+                lambda: measure_units(args.size, args.kinds, args.pairs, args.clock, args.device),
+                lambda: measure_runs(args.images, args.cfg_options)):
+            found.update(part())
+            write_atomically(args.out, text := json.dumps(found, indent=1) + '\n')
     except UsageError as error:
         print(f'benchmark.py: error: {error}', file=sys.stderr)
         return 2
-    text = json.dumps(found, indent=1) + '\n'
-    write_atomically(args.out, text)
     print(text, end='')
     return 0
 

@@ -1,4 +1,4 @@
-"""The whole benchmark: units, inference, files, and whole runs."""
+"""Units against plain float: steps of reconstruction, inference, files."""
 import copy
 import io
 
@@ -8,15 +8,13 @@ from ..reconstruction import harden
 from .cases import KINDS, build_case
 from .iteration import measure_iteration
 from .timing import Stopwatch
-from .whole_runs import measure_runs
 
 # The step of published code: AdaRound, half of inputs and activations left float at random.
-PUBLISHED = dict(rounding='adaround', keep_prob=0.5, input_mix=0.5)
+PUBLISHED = dict(keep_prob=0.5, input_mix=0.5)
 
 
-def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu',
-                  images=(), options=()):
-    """Measure everything.
+def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu'):
+    """Measure units of each kind.
 
     Args:
         size (str): of SIZES.
@@ -24,9 +22,6 @@ def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
         pairs (int): measurements of each.
         clock (str): 'wall', or 'cpu' where other jobs share the machine.
         device (str): where to compute.
-        images (Sequence[int]): numbers of calibration images of whole runs, see
-            `measure_runs`.
-        options (Sequence[str]): of these runs.
 
     Returns:
         dict: plain data; ratios are medians of measurements in turn.
@@ -48,15 +43,13 @@ def run_benchmark(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
         found['milliseconds'][kind] = {
             name: round(1e3 * ours.median(name), 3) for name in ('float', 'iteration')}
         found['inference_ratio'][kind] = measure_inference(case, clock, pairs)
-        options = dict(PUBLISHED)
-        case = build_case(kind, size, rounding=options.pop('rounding'), device=device)
-        ours, reference = (measure_iteration(case, clock, pairs, straight, **options)
+        case = build_case(kind, size, rounding='adaround', device=device)
+        ours, reference = (measure_iteration(case, clock, pairs, straight, **PUBLISHED)
                            for straight in (False, True))
         found['published_step']['iteration_ratio'][kind] = _ratio(ours)
         found['published_step']['speedup_over_reference'][kind] = _speedup(ours, reference)
     if kinds:
         found['files'] = measure_files(build_case('swin_block', size), clock)
-    found.update(measure_runs(images, options))
     return found
 
 

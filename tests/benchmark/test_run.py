@@ -36,6 +36,23 @@ def test_whole_runs(tmp_path):
         assert phases <= seconds['total']
 
 
+def test_both_halves(tmp_path, monkeypatch, capsys):
+    """Options are those of the whole runs; a run that fails leaves what was measured before."""
+    tool = load_tool('benchmark')
+    out, seen = tmp_path / 'out.json', []
+
+    def runs(images, options):
+        seen.append((images, options))
+        raise UsageError('the run 6-memory has failed')
+
+    monkeypatch.setattr(tool, 'measure_runs', runs)
+    assert tool.main(['--out', str(out), '--kinds', 'swin_block', '--pairs', '2', '--images', '6',
+                      '--cfg-options', 'quantize_cfg.parts=[neck]']) == 2
+    assert seen == [([6], ['quantize_cfg.parts=[neck]'])]
+    assert json.loads(out.read_text())['iteration_ratio']['swin_block'] > 0
+    assert '6-memory has failed' in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_one_line(tmp_path):
     with pytest.raises(UsageError, match="6-memory has failed: .*levels has 'window'"):
         whole_runs.measure_runs([6], ['quantize_cfg.levels=[window]'])
