@@ -105,15 +105,15 @@ def log_encode(x, scale, bits, steps_per_octave, zero_below):
     power and takes everything below. Either way there are exactly 2**bits codes.
     """
     last = 2**bits - 1
-    exponent = torch.log2((x / scale).clamp(0.0, 1.0)) * -steps_per_octave  # of 0: infinity
+    exponent = (x / scale).clamp_(0.0, 1.0).log2_().mul_(-steps_per_octave)  # of 0: infinity
     if not zero_below:
-        return exponent.round().clamp(0, last)
+        return exponent.round_().clamp_(0, last)
     return torch.where(exponent >= last, last, exponent.round().clamp(0, last - 1))
 
 
 def log_decode(codes, scale, bits, steps_per_octave, zero_below):
     """Values of `codes`."""
-    values = torch.exp2(-codes / steps_per_octave) * scale
+    values = (codes / -steps_per_octave).exp2_().mul_(scale)
     if zero_below:
         values = torch.where(codes == 2**bits - 1, 0.0, values)
     return values
