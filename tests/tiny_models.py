@@ -3,8 +3,11 @@ import copy
 
 import torch
 
+from pfcr_mm.models import State
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import calibrate, observe
+from pfcr_mm.reconstruction.cache import FeatureCache
+from pfcr_mm.reconstruction.capture import Images
 
 
 @torch.no_grad()
@@ -28,6 +31,14 @@ def predict(detector, inputs, samples):
     """Detections of one image."""
     with torch.no_grad():
         return detector.predict(inputs, copy.deepcopy(samples), rescale=False)[0].pred_instances
+
+
+def images_of(pairs, numbers=None):
+    """(inputs, data samples) pairs as calibration images; without `numbers` they are all."""
+    shelf = FeatureCache().shelf()
+    return Images([shelf.keep(State((inputs, ))) for inputs, _ in pairs],
+                  [samples for _, samples in pairs],
+                  list(range(len(pairs))) if numbers is None else numbers)
 
 
 def calibrated(detector, images, method='mse', on=True):

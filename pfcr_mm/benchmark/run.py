@@ -9,7 +9,7 @@ from .cases import KINDS, build_case
 from .iteration import measure_iteration
 from .timing import Stopwatch
 
-# The step of published code: AdaRound, half of inputs and activations left float at random.
+# Of published code's step, beside AdaRound: half of inputs and activations float at random.
 PUBLISHED = dict(keep_prob=0.5, input_mix=0.5)
 
 

@@ -205,19 +205,19 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             (self.model, self.teacher), self.images, list(todo), self._boxes, self.rois, self.seed,
             self.cache, self.images_at_once)
         for part, schedule in todo.items():
-            self.reconstruct_part(
-                part, streams, schedule, stage, self.units_done(stage, part))
+            self.reconstruct_part(part, streams, schedule, stage)
         self.runner.call_hook('after_stage')
         if not stage.quantize_weights:  # the scales in force were those of other weights
             for layer in self.model.modules():
                 if isinstance(layer, QuantLayer):
                     layer.weight_quantizer.calibrated = False
 
-    def reconstruct_part(self, part, streams, schedule, stage, done=0):
-        """PFCR on one chain, its input taken behind everything quantized before it.
+    def reconstruct_part(self, part, streams, schedule, stage):
+        """PFCR on the units of one chain that are not done.
 
-        The first `done` units of the schedule are there already.
+        Its input is taken behind everything quantized before it.
         """
+        done = self.units_done(stage, part)
         quantized, floating = streams.into(part)
         self._boxes = streams.boxes
         if parallel.total(len(quantized)) == 0:

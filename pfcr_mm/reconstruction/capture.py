@@ -36,10 +36,16 @@ class Stream:
     def batch(self, indices, device):
         """The states `indices`, which share their shapes, as one batch in float32."""
         states = [self.states[i] for i in indices]
-        tensors = tuple(
-            torch.cat(parts).to(device, torch.float32)
-            for parts in zip(*(s.tensors for s in states)))
-        return State(tensors, states[0].meta)
+        return State(collate((s.tensors for s in states), device), states[0].meta)
+
+    def batches(self, size, device, chosen=None):
+        """Yield (indices, State) for all states or those `chosen`, equal shapes together."""
+        chosen = range(len(self)) if chosen is None else set(chosen)
+        for bucket in self.buckets():
+            bucket = [i for i in bucket if i in chosen]
+            for k in range(0, len(bucket), size):
+                indices = bucket[k:k + size]
+                yield indices, self.batch(indices, device)
 
     def buckets(self):
         """Lists of indices whose states can be batched together."""
@@ -84,19 +90,13 @@ class Images(Sequence):
     """The calibration images that a process holds: (inputs (1, 3, H, W), data samples) pairs.
 
     Args:
-        states (list[State | Kept]): the inputs.
+        states (list[Kept]): the inputs.
         samples (list): data samples of each.
         numbers (list[int]): of the images, over all processes.
     """
 
     def __init__(self, states, samples, numbers):
         self.states, self.samples, self.numbers = states, samples, numbers
-
-    @classmethod
-    def of(cls, pairs):
-        """From a list of (inputs, data samples) pairs, which is the whole."""
-        return cls([State((inputs, )) for inputs, _ in pairs], [samples for _, samples in pairs],
-                   list(range(len(pairs))))
 
     def __len__(self):
         return len(self.states)
@@ -192,18 +192,17 @@ def in_batches(stream, run, modules, where, device, at_once=None):
         what `run` returns.
     """
     limit = BatchLimit(_AT_ONCE, where, _log, at_once)
-
-    def batches(size):
-        for bucket in stream.buckets():
-            for indices in _chunks(bucket, size):
-                yield indices, stream.batch(indices, device)
-
     with weights_once(modules):
-        return limit.run(lambda size: run(batches(size)))
+        return limit.run(lambda size: run(stream.batches(size, device)))
 
 
 def _log(line):
     print_log(line, 'current', logging.WARNING)
+
+
+def collate(entries, device):
+    """Tuples of tensors, one an image, as one tuple of batches in float32."""
+    return tuple(torch.cat(parts).to(device, torch.float32) for parts in zip(*entries))
 
 
 def split(entries, held_out):
@@ -230,7 +229,3 @@ def _grouped(pairs):
 def _part(tensors, sizes, k):
     start = sum(sizes[:k])
     return tuple(t[start:start + sizes[k]] for t in tensors)
-
-
-def _chunks(indices, size):
-    return [indices[i:i + size] for i in range(0, len(indices), size)]

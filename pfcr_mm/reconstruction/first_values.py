@@ -5,7 +5,7 @@ import math
 import torch
 
 from .. import parallel
-from .capture import split
+from .capture import collate, split
 from .faults import BatchLimit
 
 _LEAST = 1e-12
@@ -40,9 +40,7 @@ def take_first_values(loss_of, mixed, chain, unit, inputs, targets, config, held
             for loss in mixed:
                 loss.first = [None] * len(loss.terms)
             state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
-            loss_of(state.tensors + side, tuple(
-                torch.cat(parts).to(device, torch.float32)
-                for parts in zip(*(targets[i] for i in pick))))
+            loss_of(state.tensors + side, collate((targets[i] for i in pick), device))
             rows = sum(inputs.states[i].rows for i in pick)
             share = rows / roll.rows_of(chosen)
             for columns, loss in zip(found, mixed):

@@ -36,9 +36,8 @@ class LossContext:
 
     def batches(self):
         """The float states after the unit, of the images that this process holds."""
-        for bucket in self.outputs.buckets():
-            for k in range(0, len(bucket), self.batch_size):
-                yield self.outputs.batch(bucket[k:k + self.batch_size], self.device)
+        for _, state in self.outputs.batches(self.batch_size, self.device):
+            yield state
 
 
 def head_kl(logits, target, temperature=1.0):

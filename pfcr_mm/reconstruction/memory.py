@@ -77,7 +77,8 @@ def peak_elements(schedule, sizes, sides):
     def held():
         return sum(sizes[b] for streams in (quantized, floating) for b in streams)
 
-    for unit, upcoming in zip(schedule, [schedule[n:] for n in range(1, len(schedule) + 1)]):
+    for number, unit in enumerate(schedule, 1):
+        upcoming = schedule[number:]
         quantized.add(unit.start)
         floating.add(unit.start)
         own = sum(sides[unit.start:unit.stop])

@@ -12,7 +12,7 @@ from .. import parallel
 from ..errors import UsageError, check_keys
 from ..modules import QuantLayer, quantizers_of, weights_once
 from .build_loss import build_loss, check_loss, check_shareable
-from .capture import split
+from .capture import collate, split
 from .early_stop import EarlyStop, Plateau
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
 from .noise import ImageNoise
@@ -166,7 +166,8 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         if not math.isfinite(loss):
             found = parallel.gather(find_nonfinite(
                 chain, unit, quantized_inputs.batch(mine, device),
-                _collate(targets, mine, device), faults.name_of) if mine else ALL_FINITE)
+                collate((targets[i] for i in mine), device), faults.name_of)
+                if mine else ALL_FINITE)
             raise NotFinite(loss, what, unit, min(found, key=ALL_FINITE.__eq__))
 
     before = after = evaluate()
@@ -249,7 +250,8 @@ class Batch:
         if input_mix < 1.0:
             noise.begin('input', step, numbers, sizes)
             state = _mix(state, floating.batch(indices, device), input_mix, noise)
-        return cls(state, _collate(targets, indices, device), numbers, sizes, rows, step, noise)
+        target = collate((targets[i] for i in indices), device)
+        return cls(state, target, numbers, sizes, rows, step, noise)
 
     def parts(self, limit):
         """Parts of at most `limit` images: state, target and share of the whole batch."""
@@ -415,20 +417,11 @@ def restore(modules, saved):
 def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, device):
     """What sums over the rows of the entries `indices`, by batches."""
     found = []
-    wanted = set(indices)
-    for bucket in inputs.buckets():
-        bucket = [i for i in bucket if i in wanted]
-        for k in range(0, len(bucket), batch_size):
-            pick = bucket[k:k + batch_size]
-            state, side = chain.run(inputs.batch(pick, device), unit.start, unit.stop)
-            loss = loss_of(state.tensors + side, _collate(targets, pick, device))
-            found.append(float(loss) * sum(inputs.states[i].rows for i in pick))
+    for pick, state in inputs.batches(batch_size, device, indices):
+        state, side = chain.run(state, unit.start, unit.stop)
+        loss = loss_of(state.tensors + side, collate((targets[i] for i in pick), device))
+        found.append(float(loss) * sum(inputs.states[i].rows for i in pick))
     return found
-
-
-def _collate(targets, pick, device):
-    return tuple(
-        torch.cat(parts).to(device, torch.float32) for parts in zip(*(targets[i] for i in pick)))
 
 
 def _mix(quantized, floating, share, noise):

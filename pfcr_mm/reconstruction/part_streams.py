@@ -49,9 +49,8 @@ class PartStreams:
     def _run(self):
         """Both models up to the maps of their necks: streams into all heads."""
         model, teacher = self.models
-        boxes_of = partial(roi.boxes_of, teacher, seed=self.seed, **self.rois)
-        if self.boxes is not None:
-            boxes_of = self._known
+        boxes_of = self._known if self.boxes is not None else partial(
+            roi.boxes_of, teacher, seed=self.seed, **self.rois)
         # image by image, so that boxes are the same for any number of processes
         floating, boxes = head_streams(
             teacher, self.images, self._heads, boxes_of, self.cache, at_once=1)
@@ -98,18 +97,15 @@ def head_streams(model, images, parts, boxes_of, cache=None, at_once=None):
     def run(batches):
         shelves = {part: cache.shelf() for part in ('maps', *rois)}
         kept, boxes = {part: {} for part in shelves}, [{}] * len(images)
-        for indices, state in batches:
-            maps = model.extract_feat(state.tensors[0])
-            for k, index in enumerate(indices):
-                own = tuple(m[k:k + 1] for m in maps)
-                if dense:
-                    kept['maps'][index] = shelves['maps'].keep(State(own))
-                if rois:
-                    boxes[index] = boxes_of(own, images.samples[index], images.numbers[index])
-                for part in rois:
-                    if len(boxes[index][part]):
-                        features = roi.crops(model, part, own, boxes[index][part])
-                        kept[part][index] = shelves[part].keep(State((features, )))
+        for index, maps in _maps_by_image(model, batches):
+            if dense:
+                kept['maps'][index] = shelves['maps'].keep(State(maps))
+            if rois:
+                boxes[index] = boxes_of(maps, images.samples[index], images.numbers[index])
+            for part in rois:
+                if len(boxes[index][part]):
+                    features = roi.crops(model, part, maps, boxes[index][part])
+                    kept[part][index] = shelves[part].keep(State((features, )))
         return kept, boxes
 
     kept, boxes = in_batches(
@@ -119,6 +115,14 @@ def head_streams(model, images, parts, boxes_of, cache=None, at_once=None):
                for part, states in kept.items()}
     return ({part: streams[part if part in rois else 'maps'] for part in parts},
             {part: [found[part] for found in boxes] for part in rois})
+
+
+def _maps_by_image(model, batches):
+    """Yield (index, maps of batch 1)."""
+    for indices, state in batches:
+        maps = model.extract_feat(state.tensors[0])
+        for k, index in enumerate(indices):
+            yield index, tuple(m[k:k + 1] for m in maps)
 
 
 @torch.no_grad()

@@ -2,11 +2,9 @@
 import pytest
 import torch
 from mmengine.structures import BaseDataElement
+from tiny_models import images_of
 
 from pfcr_mm.engine.augment import LEAST_AREA, cut_and_mirror, with_views
-from pfcr_mm.models import State
-from pfcr_mm.reconstruction.cache import FeatureCache
-from pfcr_mm.reconstruction.capture import Images
 
 
 def image(value=None, height=24, width=30, **metainfo):
@@ -18,15 +16,9 @@ def image(value=None, height=24, width=30, **metainfo):
     return inputs, [BaseDataElement(metainfo=metainfo)]
 
 
-def kept(pairs, numbers):
-    shelf = FeatureCache().shelf()
-    return Images([shelf.keep(State((inputs, ))) for inputs, _ in pairs],
-                  [samples for _, samples in pairs], numbers)
-
-
 def shard(count, numbers=None):
     numbers = list(range(count)) if numbers is None else numbers
-    return kept([image(n + 1) for n in numbers], numbers)
+    return images_of([image(n + 1) for n in numbers], numbers)
 
 
 def values(images):
@@ -56,7 +48,7 @@ def test_several_processes_hold_what_one_holds():
 
 
 def test_views_differ_and_a_seed_repeats_them():
-    images = kept([image()], [0])
+    images = images_of([image()], [0])
     first, again, other = (with_views(images, 4, 1, seed) for seed in (0, 0, 1))
     assert torch.equal(first[0][0], images[0][0])  # the first view is the image as it is
     for i in range(1, 4):

@@ -158,26 +158,28 @@ def test_killed_everywhere(quick, whole, die, tmp_path):
     assert sum(p['seconds'] for p in report['phases'].values()) < report['seconds']
 
 
+def check_pieces(quick, die, folder, ways, extra):
+    """A run that ends in `ways`, and goes on each time, gives what one in one piece does."""
+    assert quant_main(quick(folder / 'whole', extra=extra)) == 0
+    die(ways)
+    assert run_pieces(quick(folder / 'run', extra=extra), ways) == len(ways) + 1
+    assert kill_test.differences(folder / 'whole', folder / 'run') == []
+
+
 def test_killed_with_other_options(quick, die, tmp_path):
     extra = [*BACKBONE, 'model.quant.rounding=adaround', 'quantize_cfg.cache_dtype=float16',
              'quantize_cfg.traversal=level_order', 'quantize_cfg.pos.mode=unit',
              'quantize_cfg.reconstruction.keep_prob=0.5']
-    assert quant_main(quick(tmp_path / 'whole', extra=extra)) == 0
-    ways = [('after_unit', 2), ('unit_step', 1), ('after_unit', 3), ('after_unit', 4)]
-    die(ways)
-    assert run_pieces(quick(tmp_path / 'run', extra=extra), ways) == len(ways) + 1
-    assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
+    check_pieces(quick, die, tmp_path, [
+        ('after_unit', 2), ('unit_step', 1), ('after_unit', 3), ('after_unit', 4)], extra)
 
 
 def test_killed_between_the_units_of_heads(quick, die, tmp_path):
     """Streams into heads are made for all of them at once: here again, for those that are left."""
     extra = ['quantize_cfg.parts=[*head*]', *BRIEF[1:], 'quantize_cfg.head_levels=[leaf]',
              'quantize_cfg.cache_dtype=float16']
-    assert quant_main(quick(tmp_path / 'whole', extra=extra)) == 0
-    ways = [('after_unit', 1), ('after_unit', 2), ('unit_step', 1), ('after_unit', 3)]
-    die(ways)
-    assert run_pieces(quick(tmp_path / 'run', extra=extra), ways) == len(ways) + 1
-    assert kill_test.differences(tmp_path / 'whole', tmp_path / 'run') == []
+    check_pieces(quick, die, tmp_path, [
+        ('after_unit', 1), ('after_unit', 2), ('unit_step', 1), ('after_unit', 3)], extra)
     parts = {u['chain'] for u in kill_test.read_units(tmp_path / 'run' / 'units.jsonl')}
     assert parts == {'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head'}
 

@@ -1,6 +1,7 @@
 """The memory estimate against what a reconstruction really holds."""
 import pytest
 import torch
+from tiny_models import images_of
 from toy_chains import chain_of, stream, toy
 
 from pfcr_mm.models import State, part_chains
@@ -11,7 +12,6 @@ from pfcr_mm.reconstruction import (
     memory,
     part_streams,
 )
-from pfcr_mm.reconstruction.capture import Images
 from pfcr_mm.reconstruction.pos import Stage
 from pfcr_mm.reconstruction.units import Unit
 
@@ -99,7 +99,7 @@ def test_shapes_are_the_streams(quantized, images):
     rois = dict(proposals=3, detections=2)
     boxes = torch.tensor([[0., 0, 30, 30], [5, 5, 20, 20], [1, 1, 9, 9]])
     heads = {'rpn_head': None, 'roi_head.bbox_head': boxes, 'roi_head.mask_head': boxes[:2]}
-    one = Images.of(images[:1])
+    one = images_of(images[:1])
     real, _ = part_streams.head_streams(quantized, one, list(heads), lambda *_: heads)
     real['neck'] = part_streams.backbone_stream(quantized, one)
     assert set(real) == set(part_chains(quantized)[0]) - {'backbone'}

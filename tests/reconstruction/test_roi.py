@@ -5,11 +5,10 @@ import pytest
 import tiny_cascade
 import torch
 from mmdet.structures.bbox import bbox2roi
-from tiny_models import calibrated
+from tiny_models import calibrated, images_of
 
 from pfcr_mm.models import part_chains
 from pfcr_mm.reconstruction import roi
-from pfcr_mm.reconstruction.capture import Images
 from pfcr_mm.reconstruction.part_streams import PartStreams
 
 PROPOSALS, DETECTIONS = 12, 5
@@ -29,7 +28,7 @@ def model(teacher, images):
 def streams_of(model, teacher, images, parts=None, boxes=None):
     """Streams into all heads, run."""
     heads = parts or [p for p in part_chains(teacher)[0] if p not in ('backbone', 'neck')]
-    streams = PartStreams((model, teacher), Images.of(images), heads, boxes, ROIS, seed=0)
+    streams = PartStreams((model, teacher), images_of(images), heads, boxes, ROIS, seed=0)
     streams.into(heads[0])
     return streams
 

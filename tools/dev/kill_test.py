@@ -11,6 +11,7 @@ bytes as those of the run that was left alone, report and unit log the same figu
 """
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -43,8 +44,8 @@ def main():
     options = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
     command = [args.config, *options]
     reference = folder / 'reference'
-    times = []
-    if attend(start(command, reference, folder / 'reference.log'), reference, times):
+    code, times = attend(start(command, reference, folder / 'reference.log'), reference)
+    if code:
         sys.exit(f'the run that was left alone failed: see {folder}/reference.log')
     print(f'left alone: {times[-1]:.0f} s, {len(times) - 1} units', flush=True)
 
@@ -105,43 +106,39 @@ def forked(command, work_dir, log, *flags):
     return lambda: process.exitcode, kill
 
 
-def attend(piece, work_dir, times, moment=None):
+def attend(piece, work_dir, times=(), moment=math.inf):
     """Wait for the end of a run, or until it is where the first one was at `moment`, and kill it.
 
     Args:
         piece (tuple[callable]): see `started`.
         work_dir (Path): of the run.
-        times (list[float]): seconds at which the units of the run that is left alone were
-            done, and it itself; filled where `moment` is None and it is empty.
-        moment (float | None): None never kills.
+        times (Sequence[float]): what this gave for the run that is left alone.
+        moment (float): seconds of that run.
 
     Returns:
-        int | None: the exit code; None if it was killed.
+        tuple[int | None, list[float]]: the exit code, None if it was killed; and the seconds
+        at which units were done, and the run at last.
     """
     poll, kill = piece
     began = since = time.time()
-    note, done = moment is None and not times, units_done(work_dir)
+    done, seen = units_done(work_dir), []
     while poll() is None:
         time.sleep(0.05)
-        count = units_done(work_dir)
+        count, now = units_done(work_dir), time.time()
         if count != done:
-            if note:
-                times += [time.time() - began] * (count - done)
-            done, since = count, time.time()
-        if moment is not None:
-            behind = times[done - 1] if done else 0
-            if behind + time.time() - since >= moment:
-                kill()
-                return None
-    if note:
-        times.append(time.time() - began)
-    return poll()
+            seen += [now - began] * (count - done)
+            done, since = count, now
+        behind = times[done - 1] if times and done else 0
+        if behind + now - since >= moment:
+            kill()
+            return None, seen
+    return poll(), [*seen, time.time() - began]
 
 
 def run_killed(start, command, work_dir, log, times, moments):
     """Run to the end, killed at these moments on the way; returns how many kills it took."""
-    for killed, moment in enumerate([*moments, None]):
-        code = attend(start(command, work_dir, log, '--resume'), work_dir, times, moment)
+    for killed, moment in enumerate([*moments, math.inf]):
+        code, _ = attend(start(command, work_dir, log, '--resume'), work_dir, times, moment)
         if code == 0:
             return killed
         if code is not None:
