@@ -17,6 +17,7 @@ from pfcr_mm.benchmark.timing import CLOCKS
 from pfcr_mm.benchmark.whole_runs import measure_runs
 from pfcr_mm.errors import UsageError
 from pfcr_mm.files import write_atomically
+from pfcr_mm.reconstruction.precision import DTYPES
 
 
 def main(argv=None):
@@ -28,6 +29,7 @@ def main(argv=None):
     parser.add_argument('--clock', choices=CLOCKS, default='wall',
                         help='cpu where other jobs share the machine')
     parser.add_argument('--device', default='cpu')
+    parser.add_argument('--autocast', choices=DTYPES, help='units in mixed precision')
     parser.add_argument('--threads', type=int, help='of torch')
     parser.add_argument('--images', nargs='*', type=int, default=[64, 512],
                         help='calibration images of whole runs of the demo config')
@@ -39,7 +41,8 @@ def main(argv=None):
     found = {}
     try:
         for part in (
-                lambda: measure_units(args.size, args.kinds, args.pairs, args.clock, args.device),
+                lambda: measure_units(args.size, args.kinds, args.pairs, args.clock, args.device,
+                                      args.autocast),
                 lambda: measure_runs(args.images, args.cfg_options)):
             found.update(part())
             write_atomically(args.out, text := json.dumps(found, indent=1) + '\n')

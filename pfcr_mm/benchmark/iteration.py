@@ -7,6 +7,7 @@ from ..modules import QuantLayer
 from ..reconstruction import UnitConfig
 from ..reconstruction.build_loss import build_loss
 from ..reconstruction.optimize import reconstruct, unit_modules
+from ..reconstruction.precision import Precision
 from .reference import straight_twin
 from .timing import Stopwatch
 
@@ -57,14 +58,15 @@ def float_step(case, config):
     target = tuple(torch.cat(parts).to(device, torch.float32)
                    for parts in zip(*(case.targets[i] for i in indices)))
     loss_of = build_loss(config.loss, case.targets, case.float_chain.channel_axis)
+    precision = Precision(config.autocast, device)
     parameters = float_parameters(case)
 
     def step():
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(True)
-        output, side = case.float_chain.run(state, case.unit.start, case.unit.stop)
-        loss_of(output.tensors + side, target).backward()
+        loss = loss_of(precision.run(case.float_chain, case.unit, state), target)
+        precision.scaler.scale(loss).backward()
         for parameter in parameters:
             parameter.requires_grad_(False)
 

@@ -13,7 +13,8 @@ from .timing import Stopwatch
 PUBLISHED = dict(keep_prob=0.5, input_mix=0.5)
 
 
-def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu'):
+def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu',
+                  autocast=None):
     """Measure units of each kind.
 
     Args:
@@ -22,21 +23,25 @@ def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
         pairs (int): measurements of each.
         clock (str): 'wall', or 'cpu' where other jobs share the machine.
         device (str): where to compute.
+        autocast (str | None): of float units, too; see UnitConfig.
 
     Returns:
         dict: plain data; ratios are medians of measurements in turn.
     """
+    def both(case, **options):
+        return (measure_iteration(case, clock, pairs, straight, autocast=autocast, **options)
+                for straight in (False, True))
+
     found = dict(
         machine=dict(torch=torch.__version__, threads=torch.get_num_threads(), device=str(device),
                      capability=torch.backends.cpu.get_cpu_capability()),
-        size=size, pairs=pairs, clock=clock, bits='W4A4', iteration_ratio={},
+        size=size, pairs=pairs, clock=clock, autocast=autocast, bits='W4A4', iteration_ratio={},
         reference_iteration_ratio={}, speedup_over_reference={},
         published_step=dict(iteration_ratio={}, speedup_over_reference={}), inference_ratio={},
         milliseconds={})
     for kind in kinds:
         case = build_case(kind, size, device=device)
-        ours, reference = (measure_iteration(case, clock, pairs, straight)
-                           for straight in (False, True))
+        ours, reference = both(case)
         found['iteration_ratio'][kind] = _ratio(ours)
         found['reference_iteration_ratio'][kind] = _ratio(reference)
         found['speedup_over_reference'][kind] = _speedup(ours, reference)
@@ -44,8 +49,7 @@ def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
             name: round(1e3 * ours.median(name), 3) for name in ('float', 'iteration')}
         found['inference_ratio'][kind] = measure_inference(case, clock, pairs)
         case = build_case(kind, size, rounding='adaround', device=device)
-        ours, reference = (measure_iteration(case, clock, pairs, straight, **PUBLISHED)
-                           for straight in (False, True))
+        ours, reference = both(case, **PUBLISHED)
         found['published_step']['iteration_ratio'][kind] = _ratio(ours)
         found['published_step']['speedup_over_reference'][kind] = _speedup(ours, reference)
     if kinds:

@@ -13,10 +13,13 @@ class GradientSum:
 
     Args:
         parameters (list[Parameter]): one or more, on one device, the same in all processes.
+        scale (Callable | None): of a loss, what gradients are taken of; the sum of losses
+            stays that of the losses themselves.
     """
 
-    def __init__(self, parameters):
+    def __init__(self, parameters, scale=None):
         self.parameters = parameters
+        self.scale = scale or (lambda loss: loss)
         self.sums = None
         self.given = [0] * len(parameters)  # parts that have a gradient
         self.loss = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
@@ -26,7 +29,7 @@ class GradientSum:
     def backward(self, loss):
         """Add a part: its loss, a scalar, and the gradients of it."""
         self._take()
-        loss.backward()
+        self.scale(loss).backward()
         self.loss += loss.detach()
         if world_size() > 1:  # here, where memory that runs out is met by smaller parts
             self._take()

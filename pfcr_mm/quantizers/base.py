@@ -5,6 +5,8 @@ from torch import nn
 from ..registry import QUANTIZERS, lookup
 from .spec import QuantizerSpec
 
+_HALF = (torch.float16, torch.bfloat16)
+
 
 class Quantizer(nn.Module):
     """Maps a float tensor to its quantize-dequantize value.
@@ -66,6 +68,8 @@ class Quantizer(nn.Module):
             return x
         if not self.calibrated:
             raise RuntimeError(f'{self} is on but was never calibrated')
+        if x.dtype in _HALF:
+            x = x.float()  # a code of 8 bits does not survive a division in bfloat16
         quantized = self.fake_quantize(x)
         if self.keep_prob < 1.0:
             # with a weight of 0 or 1 exactly one of both; faster than to choose by a boolean

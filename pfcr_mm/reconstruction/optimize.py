@@ -16,6 +16,7 @@ from .capture import collate, split
 from .early_stop import EarlyStop, Plateau
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
 from .noise import ImageNoise
+from .precision import Precision, check_autocast
 
 
 @dataclass
@@ -39,6 +40,8 @@ class UnitConfig:
         clip_grad (float): bound on the gradient norm of the weights; 0 is none.
         early_stop (dict | None): `EarlyStop` fields: fewer steps where the held-out loss no
             longer falls. Rates decay as for all `iters`. None is never.
+        autocast (str | None): 'bfloat16' or 'float16': matrix products of the steps are
+            computed so, all else in float32; held-out losses always are in float32.
     """
 
     iters: int = 200
@@ -54,6 +57,7 @@ class UnitConfig:
     loss: object = 'channel_mse'
     clip_grad: float = 0.0
     early_stop: object = None
+    autocast: object = None
 
     def __post_init__(self):
         for name, least in (('iters', 1), ('batch_size', 1)):
@@ -70,6 +74,7 @@ class UnitConfig:
         if not 0 < self.keep_prob <= 1:
             raise UsageError(f'keep_prob={self.keep_prob!r} is not above 0 and at most 1')
         EarlyStop.build(self.early_stop)
+        check_autocast(self.autocast)
 
     @classmethod
     def build(cls, base, level, key='reconstruction', more=None):
@@ -330,6 +335,7 @@ class LearnedParameters:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
         if self.parameters:
+            self.precision = Precision(config.autocast, self.parameters[0].device)
             self.optimizer = torch.optim.Adam(
                 [dict(params=params, lr=lr, base_lr=lr) for lr, params in groups.items()],
                 fused=all(p.device.type in ('cpu', 'cuda') for p in self.parameters))
@@ -349,24 +355,27 @@ class LearnedParameters:
         Returns:
             GradientSum: its part; those of all processes are to be settled.
         """
-        found = parallel.GradientSum(self.parameters)
+        found = parallel.GradientSum(self.parameters, self.precision.scaler.scale)
         if parallel.is_main():  # once a step, over all parts and processes
             extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
             if torch.is_tensor(extra):
-                extra.backward()
+                self.precision.scaler.scale(extra).backward()
         for quantizer in self.activations if batch else ():
             quantizer.noise = batch.noise
         for state, target, share in batch.parts(limit) if batch else ():
             with weights_once(self.modules):
-                output, side = chain.run(state, unit.start, unit.stop)
-                found.backward(loss_of(output.tensors + side, target) * share)
+                outputs = self.precision.run(chain, unit, state)
+                found.backward(loss_of(outputs, target) * share)
         return found
 
     def update(self):
         """One step of the optimiser along the gradient."""
+        scaler = self.precision.scaler
+        scaler.unscale_(self.optimizer)
         if self.config.clip_grad > 0 and self.clipped:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
-        self.optimizer.step()
+        scaler.step(self.optimizer)
+        scaler.update()
 
     @contextmanager
     def paused(self):

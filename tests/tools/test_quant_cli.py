@@ -168,6 +168,23 @@ def test_the_val_split_and_views(tiny_run, tmp_path):
     assert any(not torch.equal(first[k], second[k]) for k in first)
 
 
+def test_mixed_precision_reaches_every_part(tiny_run, tmp_path):
+    """Nothing dies of half precision, and held-out losses before learning stay float32's."""
+    options = (*tiny_run.options, 'quantize_cfg.reconstruction.autocast=bfloat16',
+               'quantize_cfg.head_reconstruction.autocast=float16',
+               'quantize_cfg.evaluate.float=False', 'quantize_cfg.evaluate.calibrated=False')
+    assert quant_main(arguments(W4A4, tiny_run.checkpoint, tmp_path, options)) == 0
+    units = json.loads((tmp_path / 'report.json').read_text())['units']
+    assert [u['name'] for u in units] == [u['name'] for u in tiny_run.report['units']]
+    first, plain = units[0], tiny_run.report['units'][0]
+    assert first['loss_before'] == plain['loss_before']
+    assert first['loss_after'] != plain['loss_after']
+    for unit in units:
+        assert unit['loss_after'] == unit['loss_after'], unit  # no NaN
+    checkpoint = torch.load(tmp_path / 'quantized.pth', weights_only=True)['state_dict']
+    assert not any(v.dtype in (torch.float16, torch.bfloat16) for v in checkpoint.values())
+
+
 def test_new_process_measures_the_same_ap(demo_run, tmp_path):
     assert demo_run.code == 0
     saved = demo_run.report['quantized']
