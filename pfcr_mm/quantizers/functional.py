@@ -137,8 +137,7 @@ class LogFakeQuantize(torch.autograd.Function):
             if by_exponent:
                 _log_by_exponent(x_ + shift, s, bits, steps_per_octave, zero_below, out)
             else:
-                codes = log_encode(x_ + shift, s, bits, r, zero_below)
-                out.copy_(log_decode(codes, s, bits, r, zero_below))
+                _log_by_logarithm(x_ + shift, s, bits, r, zero_below, out)
             out.sub_(shift)
         ctx.save_for_backward(x, scale, steps, values)
         ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift
@@ -182,8 +181,22 @@ def _log_by_exponent(x, scale, bits, steps_per_octave, zero_below, out):
     torch.clamp(ratio, 2.0**(zero_below - last), 1.0, out=out)
     out.view(integer).bitwise_and_(mask)
     if zero_below:  # 0 where `ratio` is one step below the smallest power, or more
-        torch.ops.aten.threshold_backward.grad_input(
-            out, ratio, shift * 2.0**-last, grad_input=out)
+        _zero_up_to(shift * 2.0**-last, ratio, out)
     if steps_per_octave == 2:
         out.sqrt_()
     out.mul_(scale)
+
+
+def _log_by_logarithm(x, scale, bits, steps_per_octave, zero_below, out):
+    """What `log_decode` gives for `log_encode`, to the bit. Overwrites `x`."""
+    last = 2**bits - 1
+    power = x.div_(scale).clamp_(0.0, 1.0).log2_().mul_(steps_per_octave)  # -code; of 0: -infinity
+    torch.round(power, out=out).clamp_(zero_below - last, 0)
+    out.div_(steps_per_octave).exp2_().mul_(scale)
+    if zero_below:
+        _zero_up_to(-last, power, out)
+
+
+def _zero_up_to(bound, x, out):
+    """Set `out` to zero where x <= bound; choosing by a boolean takes several times as long."""
+    torch.ops.aten.threshold_backward.grad_input(out, x, bound, grad_input=out)
