@@ -14,7 +14,7 @@ PUBLISHED = dict(keep_prob=0.5, input_mix=0.5)
 
 
 def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', device='cpu',
-                  autocast=None):
+                  step=None):
     """Measure units of each kind.
 
     Args:
@@ -23,19 +23,22 @@ def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
         pairs (int): measurements of each.
         clock (str): 'wall', or 'cpu' where other jobs share the machine.
         device (str): where to compute.
-        autocast (str | None): of float units, too; see UnitConfig.
+        step (dict | None): options of every step (UnitConfig): autocast, of float units too,
+            and compile.
 
     Returns:
         dict: plain data; ratios are medians of measurements in turn.
     """
+    step = step or {}
+
     def both(case, **options):
-        return (measure_iteration(case, clock, pairs, straight, autocast=autocast, **options)
+        return (measure_iteration(case, clock, pairs, straight, **step, **options)
                 for straight in (False, True))
 
     found = dict(
         machine=dict(torch=torch.__version__, threads=torch.get_num_threads(), device=str(device),
                      capability=torch.backends.cpu.get_cpu_capability()),
-        size=size, pairs=pairs, clock=clock, autocast=autocast, bits='W4A4', iteration_ratio={},
+        size=size, pairs=pairs, clock=clock, step=step, bits='W4A4', iteration_ratio={},
         reference_iteration_ratio={}, speedup_over_reference={},
         published_step=dict(iteration_ratio={}, speedup_over_reference={}), inference_ratio={},
         milliseconds={})

@@ -5,7 +5,9 @@ and the scale gets the exact LSQ gradient (Esser et al., arXiv 1902.08153).
 """
 import torch
 
-from .blocks import between, blocks, dense_like, dot
+from . import eager
+
+kernels = eager  # what values and gradients are computed with; `fused_kernels` changes it
 
 
 def uniform_code_range(bits, symmetric):
@@ -51,42 +53,17 @@ class UniformFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, zero_point, low, high):
-        if _is_plain(scale, x):
-            shift = zero_point.item()
-            values = (x / scale).round_().clamp_(low - shift, high - shift).mul_(scale)
-        else:
-            values = dense_like(x)
-            for x_, out, s, z in blocks((x, values), (scale, zero_point)):
-                out.copy_(x_).div_(s).round_().add_(z).clamp_(low, high).sub_(z).mul_(s)
+        values = kernels.uniform_values(x, scale, zero_point, low, high)
         ctx.save_for_backward(x, scale, zero_point, values)
-        ctx.ends = low - 0.5, high + 0.5  # of the codes before rounding
+        ctx.codes = low, high
         return values
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, zero_point, values = ctx.saved_tensors
-        grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
-        low, high = ctx.ends
-        if _is_plain(scale, x, grad):
-            step, shift = scale.item(), zero_point.item()
-            between(grad, x, (low - shift) * step, (high - shift) * step, out=grad_x)
-            if ctx.needs_input_grad[1]:
-                grad_scale += dot(grad, values) - dot(grad_x, x)
-            return grad_x, grad_scale.div_(scale), None, None, None
-        for g, x_, v, gx, s, z, gs in blocks(
-                (grad, x, values, grad_x), (scale, zero_point, grad_scale)):
-            if x_.stride() != v.stride():
-                x_ = torch.empty_like(v).copy_(x_)
-            between(g, (x_ / s).add_(z), low, high, out=gx)
-            if ctx.needs_input_grad[1]:
-                gs.add_((g * v).addcmul_(gx, x_, value=-1.0).sum_to_size(gs.shape))
-        return grad_x, grad_scale.div_(scale), None, None, None
-
-
-def _is_plain(scale, *tensors):
-    """One scale, which can be read without waiting for a GPU, and tensors without gaps."""
-    return scale.numel() == 1 and scale.device.type == 'cpu' and all(
-        t.is_contiguous() for t in tensors)
+        return *kernels.uniform_gradients(
+            grad, x, values, scale, zero_point, *ctx.codes, ctx.needs_input_grad[1]
+        ), None, None, None
 
 
 def fractional_fake_quantize(x, scale, zero_point, low, high):
@@ -129,16 +106,8 @@ class LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, bits, steps_per_octave, zero_below, shift=0.0):
-        by_exponent = (not torch.is_tensor(steps_per_octave) and steps_per_octave in (1, 2)
-                       and bits <= 6 and x.dtype in _EXPONENTS)
+        values = kernels.log_values(x, scale, steps_per_octave, bits, zero_below, shift)
         steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
-        values = dense_like(x)
-        for x_, out, s, r in blocks((x, values), (scale, steps)):
-            if by_exponent:
-                _log_by_exponent(x_ + shift, s, bits, steps_per_octave, zero_below, out)
-            else:
-                _log_by_logarithm(x_ + shift, s, bits, r, zero_below, out)
-            out.sub_(shift)
         ctx.save_for_backward(x, scale, steps, values)
         ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift
         return values
@@ -146,57 +115,6 @@ class LogFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, scale, steps, values = ctx.saved_tensors
-        grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
-        for g, x_, v, gx, s, r, gs in blocks(
-                (grad, x, values, grad_x), (scale, steps, grad_scale)):
-            ratio = (x_ + ctx.shift).clamp_(min=_TINY).div_(s)
-            product = (v + ctx.shift).mul_(g)
-            # a little beyond both ends, which themselves are inside
-            smallest = torch.exp2(-ctx.last / r) * (1 - 1e-6)
-            between(product, ratio, smallest, 1 + 1e-6, out=gx)
-            if ctx.needs_input_grad[1]:
-                gs.add_(product.sub_(gx).sum_to_size(gs.shape))
-            gx.div_(ratio.mul_(s))
-        return grad_x, grad_scale.div_(scale), None, None, None, None
-
-
-_TINY = 1e-30  # what is less is zero: masked softmax gives 1e-44, and such numbers take long
-# By type: the same bits as integers, and those of them that are the exponent.
-_EXPONENTS = {torch.float32: (torch.int32, 0xFF << 23), torch.float64: (torch.int64, 0x7FF << 52)}
-
-
-def _log_by_exponent(x, scale, bits, steps_per_octave, zero_below, out):
-    """What `log_decode` gives for `log_encode`, without logarithms, for 1 or 2 steps an octave.
-
-    A number with its mantissa cleared is the power of two below it; so round to nearest
-    is that of sqrt(2) * x. For two steps an octave the same is done to the square. Bits are
-    6 at most, so that no square is too small. Overwrites `x`.
-    """
-    integer, mask = _EXPONENTS[x.dtype]
-    last, shift = 2**bits - 1, 2.0**0.5
-    ratio = x.clamp_(min=_TINY).div_(scale)
-    if steps_per_octave == 2:
-        ratio.clamp_(min=2.0**-40).square_()
-    ratio.mul_(shift)
-    torch.clamp(ratio, 2.0**(zero_below - last), 1.0, out=out)
-    out.view(integer).bitwise_and_(mask)
-    if zero_below:  # 0 where `ratio` is one step below the smallest power, or more
-        _zero_up_to(shift * 2.0**-last, ratio, out)
-    if steps_per_octave == 2:
-        out.sqrt_()
-    out.mul_(scale)
-
-
-def _log_by_logarithm(x, scale, bits, steps_per_octave, zero_below, out):
-    """What `log_decode` gives for `log_encode`, to the bit. Overwrites `x`."""
-    last = 2**bits - 1
-    power = x.div_(scale).clamp_(0.0, 1.0).log2_().mul_(steps_per_octave)  # -code; of 0: -infinity
-    torch.round(power, out=out).clamp_(zero_below - last, 0)
-    out.div_(steps_per_octave).exp2_().mul_(scale)
-    if zero_below:
-        _zero_up_to(-last, power, out)
-
-
-def _zero_up_to(bound, x, out):
-    """Set `out` to zero where x <= bound; choosing by a boolean takes several times as long."""
-    torch.ops.aten.threshold_backward.grad_input(out, x, bound, grad_input=out)
+        return *kernels.log_gradients(
+            grad, x, values, scale, steps, ctx.last, ctx.shift, ctx.needs_input_grad[1]
+        ), None, None, None, None

@@ -11,6 +11,7 @@ import torch
 from .. import parallel
 from ..errors import UsageError, check_keys
 from ..modules import QuantLayer, quantizers_of, weights_once
+from ..quantizers import fused_kernels
 from .build_loss import build_loss, check_loss, check_shareable
 from .capture import collate, split
 from .early_stop import EarlyStop, Plateau
@@ -42,6 +43,7 @@ class UnitConfig:
             longer falls. Rates decay as for all `iters`. None is never.
         autocast (str | None): 'bfloat16' or 'float16': matrix products of the steps are
             computed so, all else in float32; held-out losses always are in float32.
+        compile (bool): quantizers of the steps as kernels fused by torch.compile.
     """
 
     iters: int = 200
@@ -58,6 +60,7 @@ class UnitConfig:
     clip_grad: float = 0.0
     early_stop: object = None
     autocast: object = None
+    compile: bool = False
 
     def __post_init__(self):
         for name, least in (('iters', 1), ('batch_size', 1)):
@@ -75,6 +78,8 @@ class UnitConfig:
             raise UsageError(f'keep_prob={self.keep_prob!r} is not above 0 and at most 1')
         EarlyStop.build(self.early_stop)
         check_autocast(self.autocast)
+        if not isinstance(self.compile, bool):
+            raise UsageError(f'compile={self.compile!r} is neither True nor False')
 
     @classmethod
     def build(cls, base, level, key='reconstruction', more=None):
@@ -363,7 +368,7 @@ class LearnedParameters:
         for quantizer in self.activations if batch else ():
             quantizer.noise = batch.noise
         for state, target, share in batch.parts(limit) if batch else ():
-            with weights_once(self.modules):
+            with weights_once(self.modules), fused_kernels(self.config.compile):
                 outputs = self.precision.run(chain, unit, state)
                 found.backward(loss_of(outputs, target) * share)
         return found

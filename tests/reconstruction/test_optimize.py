@@ -1,5 +1,7 @@
 """Reconstruction of units: what is learned, accepted, undone, and repeated."""
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -220,6 +222,22 @@ def test_learned_parameters_close_on_an_error():
         raise ZeroDivisionError
     assert not any(p.requires_grad for p in model.parameters())
     assert all(q.keep_prob == 1 for _, q in quantizers_of(model))
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'g++')) is None,
+                    reason='torch.compile needs a C++ compiler')
+def test_fused_kernels_learn_the_same(monkeypatch):
+    from pfcr_mm.quantizers import fused
+    calls, real = [], fused._run
+    monkeypatch.setattr(fused, '_run', lambda *args: calls.append(args[0]) or real(*args))
+    after = {}
+    for compiled in (False, True):
+        model, teacher, inputs = toy()
+        config = UnitConfig(**{**QUICK.__dict__, 'iters': 8, 'compile': compiled})
+        record, *_ = run(model, teacher, inputs, ['block'], config)
+        after[compiled] = record.loss_after
+        assert bool(calls) == compiled
+    assert after[True] == pytest.approx(after[False], rel=1e-3)
 
 
 # --- the same again -------------------------------------------------------------------

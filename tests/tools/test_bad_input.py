@@ -61,6 +61,7 @@ def refused(capsys):
     ('quantize_cfg.reconstruction.loss=hinge', "loss='hinge'"),
     ('quantize_cfg.reconstruction.iter=3', 'reconstruction.iter '),
     ('quantize_cfg.reconstruction.autocast=half', "autocast='half'"),
+    ('quantize_cfg.reconstruction.compile=inductor', "compile='inductor'"),
     ('quantize_cfg.traversal=random', "traversal='random'"),
     ('quantize_cfg.cache_dtype=float12', 'cache_dtype'),
     ('quantize_cfg.cache_memory_mb=much', 'cache_memory_mb'),

@@ -1,0 +1,134 @@
+"""Values and gradients of quantizers, each fused to one loop by torch.compile.
+
+The same functions as in `eager.py`, as the formulas stand; sums may round otherwise. The first
+call of each compiles, which takes a C++ compiler on a CPU and Triton on a GPU.
+"""
+from contextlib import contextmanager
+
+import torch
+
+from ..errors import UsageError
+from . import functional
+
+_TINY = 1e-30
+
+
+@contextmanager
+def fused_kernels(on=True):
+    """All quantizers of the process compute with fused kernels within the block, if `on`."""
+    before = functional.kernels
+    functional.kernels = _Fused if on else before
+    try:
+        yield
+    finally:
+        functional.kernels = before
+
+
+class _Fused:
+    """What stands in for the module `eager`."""
+
+    @staticmethod
+    def uniform_values(x, scale, zero_point, low, high):
+        layout = _Layout(x, scale)
+        return layout.back(_run(_uniform_values, *layout(x), *layout.scales(scale, zero_point),
+                                low, high))
+
+    @staticmethod
+    def uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=True):
+        layout = _Layout(x, scale)
+        grad_x, grad_scale = _run(
+            _uniform_gradients, *layout(grad, x, values), *layout.scales(scale, zero_point),
+            low, high)
+        return layout.back(grad_x), layout.scale_back(grad_scale)
+
+    @staticmethod
+    def log_values(x, scale, steps_per_octave, bits, zero_below, shift):
+        steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
+        layout = _Layout(x, scale)
+        return layout.back(_run(_log_values, *layout(x), *layout.scales(scale, steps),
+                                2**bits - 1, zero_below, shift))
+
+    @staticmethod
+    def log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
+        layout = _Layout(x, scale)
+        grad_x, grad_scale = _run(
+            _log_gradients, *layout(grad, x, values), *layout.scales(scale, steps), last, shift)
+        return layout.back(grad_x), layout.scale_back(grad_scale)
+
+
+class _Layout:
+    """Takes tensors to the order of axes in which the first lies in memory, and back.
+
+    With one scale all are flat. So few kernels serve all tensors there are.
+    """
+
+    def __init__(self, x, scale):
+        self.shape, self.scale_shape, self.flat = x.shape, scale.shape, scale.numel() == 1
+        self.order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
+
+    def __call__(self, *tensors):
+        found = [t.detach().permute(self.order).contiguous() for t in tensors]
+        return [t.view(-1) for t in found] if self.flat else found
+
+    def scales(self, *tensors):
+        return [t.detach().reshape(1) if self.flat else t.detach().permute(self.order)
+                for t in tensors]
+
+    def back(self, x):
+        if self.flat:
+            x = x.view([self.shape[axis] for axis in self.order])
+        return x.permute(self._inverse())
+
+    def scale_back(self, scale):
+        scale = scale if self.flat else scale.permute(self._inverse())
+        return scale.reshape(self.scale_shape)
+
+    def _inverse(self):
+        return [self.order.index(axis) for axis in range(len(self.order))]
+
+
+def _uniform_values(x, scale, zero_point, low, high):
+    return ((x / scale).round().add(zero_point).clamp(low, high) - zero_point) * scale
+
+
+def _uniform_gradients(grad, x, values, scale, zero_point, low, high):
+    codes = x / scale + zero_point
+    inside = (codes > low - 0.5) & (codes < high + 0.5)
+    grad_x = torch.where(inside, grad, 0.0)
+    return grad_x, (grad * values - grad_x * x).sum_to_size(scale.shape) / scale
+
+
+def _log_values(x, scale, steps, last, zero_below, shift):
+    power = ((x + shift) / scale).clamp(0.0, 1.0).log2() * steps
+    codes = power.round().clamp(zero_below - last, 0)
+    values = (codes / steps).exp2() * scale
+    if zero_below:
+        values = torch.where(power > -last, values, 0.0)
+    return values - shift
+
+
+def _log_gradients(grad, x, values, scale, steps, last, shift):
+    shifted = (x + shift).clamp(min=_TINY)
+    ratio = shifted / scale
+    product = (values + shift) * grad
+    inside = (ratio > torch.exp2(-last / steps) * (1 - 1e-6)) & (ratio < 1 + 1e-6)
+    kept = torch.where(inside, product, 0.0)
+    return kept / shifted, (product - kept).sum_to_size(scale.shape) / scale
+
+
+_compiled = {}
+_VARIANTS = 64  # of a kernel: ranks and layouts of tensors, one or many scales; torch allows 8
+
+
+def _run(function, *args):
+    """Call what torch.compile makes of a function; sizes may change from call to call."""
+    if function not in _compiled:
+        _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True)
+    try:
+        with torch._dynamo.config.patch(cache_size_limit=_VARIANTS):
+            return _compiled[function](*args)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().splitlines()[0]
+        raise UsageError(
+            f'reconstruction.compile=True: torch.compile fails here ({why}); it takes a C++ '
+            'compiler on a CPU and Triton on a GPU. Leave it out to go without') from None

@@ -1,0 +1,80 @@
+"""Fused kernels give what eager ones give, whatever the layout."""
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pfcr_mm.quantizers import eager, fused_kernels
+from pfcr_mm.quantizers import functional as F
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(os.environ.get('CXX', 'g++')) is None, reason='torch.compile needs a C++ compiler')
+HEADS, TOKENS, WIDTH = 3, 21, 16
+
+
+def qkv(number):
+    """(2, heads, tokens, width) in the layout that attention has it in: rows with gaps."""
+    x = torch.randn(2, TOKENS, 3, HEADS, WIDTH, generator=torch.Generator().manual_seed(number))
+    return x.permute(2, 0, 3, 1, 4)[number]
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+ONE, BY_HEAD = torch.tensor([0.21]), torch.tensor([0.2, 0.3, 0.4]).view(1, HEADS, 1, 1)
+STEPS = torch.tensor([1.7])
+UNIFORM, LOG = F.UniformFakeQuantize.apply, F.LogFakeQuantize.apply
+CASES = dict(
+    plain=(UNIFORM, normal(40, 12), ONE, torch.tensor([5.]), 0, 15),
+    queries=(UNIFORM, qkv(0), BY_HEAD, BY_HEAD.new_full(BY_HEAD.shape, 7), 0, 15),
+    keys=(UNIFORM, qkv(1).mT, BY_HEAD, BY_HEAD.new_full(BY_HEAD.shape, 7), 0, 15),
+    weight=(UNIFORM, normal(12, 8), normal(12, 1).abs() / 3 + 0.1, torch.zeros(12, 1), -8, 7),
+    channels_last=(UNIFORM, normal(2, 8, 6, 5).to(memory_format=torch.channels_last), ONE,
+                   torch.tensor([5.]), 0, 15),
+    softmax=(LOG, (4 * normal(2, HEADS, 9, 9)).softmax(-1), BY_HEAD * 3, 4, 1, True),
+    gelu=(LOG, torch.nn.functional.gelu(2 * normal(40, 24)), torch.tensor([2.5]), 4, STEPS, False,
+          0.17),
+    gelu_with_zero=(LOG, torch.nn.functional.gelu(2 * normal(40, 24)), torch.tensor([2.5]), 4,
+                    STEPS, True, 0.17))
+
+
+def values_and_gradients(function, x, scale, *rest):
+    x, scale = x.detach().requires_grad_(), scale.clone().requires_grad_()
+    values = function(x, scale, *rest)
+    values.backward(normal(*values.shape))
+    return values.detach(), x.grad, scale.grad
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_values_and_gradients(name):
+    want = values_and_gradients(*CASES[name])
+    with fused_kernels():
+        got = values_and_gradients(*CASES[name])
+    assert F.kernels is eager
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert 0 < (got[1] == 0).float().mean() < 1  # clipped values are among them
+
+
+def test_only_within_the_block_and_where_switched_on():
+    with fused_kernels(False):
+        assert F.kernels is eager
+    with pytest.raises(ZeroDivisionError), fused_kernels():
+        assert F.kernels is not eager
+        raise ZeroDivisionError
+    assert F.kernels is eager
+
+
+def test_no_compiler_is_one_clear_line(tmp_path):
+    code = ("from test_fused import *\nfrom pfcr_mm.errors import UsageError\ntry:\n"
+            "    with fused_kernels():\n        values_and_gradients(*CASES['plain'])\n"
+            "except UsageError as error:\n    print(error)")
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=os.path.dirname(__file__), text=True,
+        capture_output=True, env={**os.environ, 'CXX': 'no-such-compiler',
+                                  'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
+    told = done.stdout.splitlines()[-1]
+    assert 'reconstruction.compile=True' in told and 'C++ compiler' in told, done.stderr
