@@ -11,6 +11,7 @@ import torch
 
 from ..modules import QuantLayer, quantizers_of
 from ..quantizers import AdaRound, LogQuantizer, functional
+from ..quantizers.base import HALF
 
 
 def straight_twin(model):
@@ -71,10 +72,13 @@ def _log_fake_quantize(self, x):
 def _forward(self, x):
     if not self.enabled:
         return x
+    dtype = x.dtype
+    if dtype in HALF:
+        x = x.float()
     quantized = self.fake_quantize(x)
     if self.keep_prob < 1.0:
         quantized = torch.where(self.noise(x) < self.keep_prob, quantized, x)
-    return quantized
+    return quantized.to(dtype)
 
 
 def _quantized_weight(self):

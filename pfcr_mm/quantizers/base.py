@@ -5,7 +5,7 @@ from torch import nn
 from ..registry import QUANTIZERS, lookup
 from .spec import QuantizerSpec
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Quantizer(nn.Module):
@@ -68,13 +68,14 @@ class Quantizer(nn.Module):
             return x
         if not self.calibrated:
             raise RuntimeError(f'{self} is on but was never calibrated')
-        if x.dtype in _HALF:
+        dtype = x.dtype
+        if dtype in HALF:
             x = x.float()  # a code of 8 bits does not survive a division in bfloat16
         quantized = self.fake_quantize(x)
         if self.keep_prob < 1.0:
             # with a weight of 0 or 1 exactly one of both; faster than to choose by a boolean
             quantized = torch.lerp(x, quantized, (self.noise(x) < self.keep_prob).to(x.dtype))
-        return quantized
+        return quantized.to(dtype)
 
     def fake_quantize(self, x):
         """Quantize-dequantize `x` with the current scales."""

@@ -6,7 +6,7 @@ import torch
 
 from .blocks import between, blocks, dense_like, dot
 
-_TINY = 1e-30  # what is less is zero: masked softmax gives 1e-44, and such numbers take long
+TINY = 1e-30  # what is less is zero: masked softmax gives 1e-44, and such numbers take long
 # By type: the same bits as integers, and those of them that are the exponent.
 _EXPONENTS = {torch.float32: (torch.int32, 0xFF << 23), torch.float64: (torch.int64, 0x7FF << 52)}
 
@@ -74,7 +74,7 @@ def log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
     grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
     for g, x_, v, gx, s, r, gs in blocks(
             (grad, x, values, grad_x), (scale, steps, grad_scale)):
-        ratio = (x_ + shift).clamp_(min=_TINY).div_(s)
+        ratio = (x_ + shift).clamp_(min=TINY).div_(s)
         product = (v + shift).mul_(g)
         # a little beyond both ends, which themselves are inside
         between(product, ratio, torch.exp2(-last / r) * (1 - 1e-6), 1 + 1e-6, out=gx)
@@ -99,7 +99,7 @@ def _log_by_exponent(x, scale, bits, steps_per_octave, zero_below, out):
     """
     integer, mask = _EXPONENTS[x.dtype]
     last, shift = 2**bits - 1, 2.0**0.5
-    ratio = x.clamp_(min=_TINY).div_(scale)
+    ratio = x.clamp_(min=TINY).div_(scale)
     if steps_per_octave == 2:
         ratio.clamp_(min=2.0**-40).square_()
     ratio.mul_(shift)

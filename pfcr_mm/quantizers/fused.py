@@ -1,21 +1,25 @@
 """Values and gradients of quantizers, each fused to one loop by torch.compile.
 
-The same functions as in `eager.py`, as the formulas stand; sums may round otherwise. The first
-call of each compiles, which takes a C++ compiler on a CPU and Triton on a GPU.
+The same functions as in `eager.py`, as the formulas stand; the compiler may round otherwise, and
+sums in another order. The first call of each compiles, which takes a C++ compiler on a CPU and
+Triton on a GPU.
 """
+import threading
 from contextlib import contextmanager
 
 import torch
 
 from ..errors import UsageError
 from . import functional
-
-_TINY = 1e-30
+from .eager import TINY
 
 
 @contextmanager
 def fused_kernels(on=True):
-    """All quantizers of the process compute with fused kernels within the block, if `on`."""
+    """Within the block, if `on`, quantizers of the process compute with fused kernels.
+
+    But for those with fractional zero points and for AdaRound's weights.
+    """
     before = functional.kernels
     functional.kernels = _Fused if on else before
     try:
@@ -38,7 +42,7 @@ class _Fused:
         layout = _Layout(x, scale)
         grad_x, grad_scale = _run(
             _uniform_gradients, *layout(grad, x, values), *layout.scales(scale, zero_point),
-            low, high)
+            low, high, of_scale)
         return layout.back(grad_x), layout.scale_back(grad_scale)
 
     @staticmethod
@@ -52,7 +56,8 @@ class _Fused:
     def log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
         layout = _Layout(x, scale)
         grad_x, grad_scale = _run(
-            _log_gradients, *layout(grad, x, values), *layout.scales(scale, steps), last, shift)
+            _log_gradients, *layout(grad, x, values), *layout.scales(scale, steps), last, shift,
+            of_scale)
         return layout.back(grad_x), layout.scale_back(grad_scale)
 
 
@@ -64,6 +69,7 @@ class _Layout:
 
     def __init__(self, x, scale):
         self.shape, self.scale_shape, self.flat = x.shape, scale.shape, scale.numel() == 1
+        self.aligned = (1, ) * (x.dim() - scale.dim()) + scale.shape
         self.order = sorted(range(x.dim()), key=lambda axis: -x.stride(axis))
 
     def __call__(self, *tensors):
@@ -71,8 +77,8 @@ class _Layout:
         return [t.view(-1) for t in found] if self.flat else found
 
     def scales(self, *tensors):
-        return [t.detach().reshape(1) if self.flat else t.detach().permute(self.order)
-                for t in tensors]
+        return [t.detach().reshape(1) if self.flat
+                else t.detach().reshape(self.aligned).permute(self.order) for t in tensors]
 
     def back(self, x):
         if self.flat:
@@ -91,10 +97,12 @@ def _uniform_values(x, scale, zero_point, low, high):
     return ((x / scale).round().add(zero_point).clamp(low, high) - zero_point) * scale
 
 
-def _uniform_gradients(grad, x, values, scale, zero_point, low, high):
+def _uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale):
     codes = x / scale + zero_point
     inside = (codes > low - 0.5) & (codes < high + 0.5)
     grad_x = torch.where(inside, grad, 0.0)
+    if not of_scale:
+        return grad_x, torch.zeros_like(scale)
     return grad_x, (grad * values - grad_x * x).sum_to_size(scale.shape) / scale
 
 
@@ -103,32 +111,39 @@ def _log_values(x, scale, steps, last, zero_below, shift):
     codes = power.round().clamp(zero_below - last, 0)
     values = (codes / steps).exp2() * scale
     if zero_below:
-        values = torch.where(power > -last, values, 0.0)
+        values = torch.where(power <= -last, 0.0, values)
     return values - shift
 
 
-def _log_gradients(grad, x, values, scale, steps, last, shift):
-    shifted = (x + shift).clamp(min=_TINY)
+def _log_gradients(grad, x, values, scale, steps, last, shift, of_scale):
+    shifted = (x + shift).clamp(min=TINY)
     ratio = shifted / scale
     product = (values + shift) * grad
     inside = (ratio > torch.exp2(-last / steps) * (1 - 1e-6)) & (ratio < 1 + 1e-6)
     kept = torch.where(inside, product, 0.0)
+    if not of_scale:
+        return kept / shifted, torch.zeros_like(scale)
     return kept / shifted, (product - kept).sum_to_size(scale.shape) / scale
 
 
 _compiled = {}
+_thread = threading.local()  # torch's options are set a thread, and backward has its own on a GPU
 _VARIANTS = 64  # of a kernel: ranks and layouts of tensors, one or many scales; torch allows 8
 
 
 def _run(function, *args):
     """Call what torch.compile makes of a function; sizes may change from call to call."""
-    if function not in _compiled:
-        _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True)
+    if not getattr(_thread, 'ready', False):
+        torch._dynamo.config.cache_size_limit = _VARIANTS
+        _thread.ready = True
     try:
-        with torch._dynamo.config.patch(cache_size_limit=_VARIANTS):
-            return _compiled[function](*args)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        why = str(error).strip().splitlines()[0]
+        if function not in _compiled:
+            _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True)
+        return _compiled[function](*args)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        why = getattr(error, 'inner_exception', error)
+        if isinstance(why, torch.OutOfMemoryError):
+            raise why from None
         raise UsageError(
-            f'reconstruction.compile=True: torch.compile fails here ({why}); it takes a C++ '
-            'compiler on a CPU and Triton on a GPU. Leave it out to go without') from None
+            f'torch.compile fails here ({str(why).strip().splitlines()[0]}); compile=True takes a '
+            'C++ compiler on a CPU and Triton on a GPU, leave it out to go without') from None

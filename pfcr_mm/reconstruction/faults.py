@@ -34,6 +34,13 @@ class Faults:
         self.tell(f'{found}; the unit is restored')
 
 
+    def left_out(self, unit, count, steps):
+        """Steps of a unit whose gradients had no room in float16: tell it where they are many."""
+        if count > 0.1 * steps:
+            self.tell(f'{unit.name}: {count} of {steps} steps were left out, their gradients '
+                      "overflow float16; autocast='bfloat16' has the range")
+
+
 class NotFinite(Exception):  # noqa: N818  it is told, not shown
     """A loss of a unit is NaN or Inf.
 

@@ -41,8 +41,8 @@ class UnitConfig:
         clip_grad (float): bound on the gradient norm of the weights; 0 is none.
         early_stop (dict | None): `EarlyStop` fields: fewer steps where the held-out loss no
             longer falls. Rates decay as for all `iters`. None is never.
-        autocast (str | None): 'bfloat16' or 'float16': matrix products of the steps are
-            computed so, all else in float32; held-out losses always are in float32.
+        autocast (str | None): 'bfloat16' or 'float16': steps run under torch.autocast, with
+            quantizers, losses and the optimiser in float32, as held-out losses always are.
         compile (bool): quantizers of the steps as kernels fused by torch.compile.
     """
 
@@ -172,13 +172,16 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         with learned.paused():
             return evaluate()
 
-    def check(loss, what, mine):
+    def check(loss, what, mine, autocast=None):
         if not math.isfinite(loss):
             found = parallel.gather(find_nonfinite(
                 chain, unit, quantized_inputs.batch(mine, device),
                 collate((targets[i] for i in mine), device), faults.name_of)
                 if mine else ALL_FINITE)
-            raise NotFinite(loss, what, unit, min(found, key=ALL_FINITE.__eq__))
+            cause = min(found, key=ALL_FINITE.__eq__)
+            if autocast and cause == ALL_FINITE:
+                cause += f' in float32: autocast={autocast!r} overflows'
+            raise NotFinite(loss, what, unit, cause)
 
     before = after = evaluate()
     saved = snapshot(modules)
@@ -207,13 +210,18 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 loss = limit.run(partial(
                     learned.backward, chain, unit, batch, loss_of, progress)).settle()
                 if step % every == 0:
-                    check(loss.item(), f'loss of step {step}', mine)
+                    check(loss.item(), f'loss of step {step}', mine, config.autocast)
                 learned.update()
+                if step % every == 0 and learned.precision.overflows():
+                    raise NotFinite(math.inf, f'gradient of step {step}', unit,
+                                    f'autocast={config.autocast!r} overflows at any scale')
                 steps = step + 1
                 if on_step is not None:
                     on_step(step, loss)
                 if plateau.reached(steps, look):
                     break
+            if steps:
+                faults.left_out(unit, learned.precision.left_out, steps)
         parallel.copy_from_main([p for m in modules for p in m.parameters()])  # to the bit
         after = evaluate()
         with _undone_on_error(modules, saved):
@@ -375,12 +383,10 @@ class LearnedParameters:
 
     def update(self):
         """One step of the optimiser along the gradient."""
-        scaler = self.precision.scaler
-        scaler.unscale_(self.optimizer)
+        self.precision.scaler.unscale_(self.optimizer)
         if self.config.clip_grad > 0 and self.clipped:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
-        scaler.step(self.optimizer)
-        scaler.update()
+        self.precision.step(self.optimizer)
 
     @contextmanager
     def paused(self):

@@ -1,4 +1,7 @@
 """Mixed precision of an optimisation step (autocast)."""
+import math
+from contextlib import nullcontext
+
 import torch
 
 from ..errors import UsageError
@@ -25,12 +28,32 @@ class Precision:
     """
 
     def __init__(self, name, device):
-        self.device, self.dtype = device, DTYPES.get(name)
+        self.name, self.device, self.dtype = name, device, DTYPES.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
+        self.scaler.scale(torch.zeros((), device=device))  # makes its state, batch or no batch
+        self._seen, self.left_out = self.scaler.get_scale(), 0
 
     def run(self, chain, unit, state):
         """Outputs of the unit and those beside it, tuple[Tensor], in float32."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        half = self.dtype is not None
+        with torch.autocast(self.device.type, self.dtype) if half else nullcontext():
             output, side = chain.run(state, unit.start, unit.stop)
         found = output.tensors + side
-        return found if self.dtype is None else tuple(t.float() for t in found)
+        return tuple(t.float() for t in found) if half else found
+
+    def step(self, optimizer):
+        """One step of the optimiser; `scaler` has given gradients their true size before."""
+        if any(p.grad is not None for group in optimizer.param_groups for p in group['params']):
+            self.scaler.step(optimizer)
+            self.scaler.update()
+
+    def overflows(self):
+        """Whether gradients no longer fit float16 at any scale; counts steps left out.
+
+        Reads a number from the device, so that a GPU is waited for.
+        """
+        scale = self.scaler.get_scale()
+        if scale < self._seen:  # halved by each step that is left out
+            self.left_out += round(math.log2(self._seen / scale)) if scale else 1
+        self._seen = scale
+        return scale < 1

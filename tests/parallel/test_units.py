@@ -102,6 +102,26 @@ def test_three_processes_learn_what_one_does(shared, rounding, monkeypatch):
     shared(work)
 
 
+@pytest.mark.parametrize('rounding', ['latent', 'adaround'])
+def test_half_precision_in_three_processes(shared, rounding):
+    """Also in the one that holds no image: loss scale and steps left out are the same in all."""
+    inputs = regions()
+    config = replace(CONFIG, autocast='float16')
+    alone, teacher, _ = toy(rounding, branches=2)
+    expected = run(alone, teacher, inputs, range(16), config=config)
+
+    def work(rank):
+        model, teacher, _ = toy(rounding, branches=2)
+        records = run(model, teacher, inputs, SHARES[rank], config=config)
+        assert losses(records) == pytest.approx(losses(expected), rel=1e-2)
+        found = list(learned_state(model).values())
+        same = [torch.zeros_like(v).copy_(v) for v in found]
+        parallel.copy_from_main(same)
+        assert all(torch.equal(a, b) for a, b in zip(same, found))
+
+    shared(work)
+
+
 MIXED = dict(type='mixed', terms=[dict(type='layers', weight=0.5), dict(type='aph'),
                                   dict(type='head_kl', other=dict(
                                       type='mixed', terms=[dict(type='mse')]))])

@@ -3,16 +3,24 @@ import math
 
 import pytest
 import torch
-from test_optimize import QUICK, run
-from toy_chains import learned_state, toy
+from test_optimize import DEVICE, QUICK, run
+from toy_chains import chain_of, learned_state, stream, toy
 
 from pfcr_mm.benchmark.cases import build_case
 from pfcr_mm.errors import UsageError
 from pfcr_mm.modules import quantizers_of
 from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
-from pfcr_mm.reconstruction import UnitConfig
+from pfcr_mm.reconstruction import UnitConfig, harden, units_of
+from pfcr_mm.reconstruction.capture import Targets, advance
+from pfcr_mm.reconstruction.faults import Faults
+from pfcr_mm.reconstruction.losses import ChannelMSELoss
 from pfcr_mm.reconstruction.noise import ImageNoise
-from pfcr_mm.reconstruction.optimize import Batch, LearnedParameters, unit_modules
+from pfcr_mm.reconstruction.optimize import (
+    Batch,
+    LearnedParameters,
+    reconstruct,
+    unit_modules,
+)
 
 HALF = pytest.mark.parametrize('name', ['bfloat16', 'float16'])
 
@@ -110,14 +118,69 @@ def test_the_same_again(name):
 @HALF
 @pytest.mark.parametrize('kind', ['uniform', 'log2', 'adalog'])
 def test_quantizers_compute_in_float32(name, kind):
+    dtype = getattr(torch, name)
     quantizer = build_quantizer(QuantizerSpec(kind, 8))
     quantizer.set_scale(torch.tensor([0.00371]))
     quantizer.enabled = True
-    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(getattr(torch, name))
-    got = quantizer(x)
-    assert got.dtype == torch.float32 and torch.equal(got, quantizer(x.float()))
+    x = torch.rand(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
     quantizer.keep_prob = 0.5
-    assert quantizer(x).dtype == torch.float32
+    assert quantizer(x).dtype == dtype
+
+
+@HALF
+def test_a_model_in_half_precision_runs(name):
+    model, _, inputs = toy()
+    harden(model)
+    want = model(inputs[0])
+    got = model.to(getattr(torch, name))(inputs[0].to(getattr(torch, name)))
+    assert got.dtype == getattr(torch, name)
+    assert (got.float() - want).norm() < 0.2 * want.norm()
+
+
+# --- overflow ---------------------------------------------------------------------------
+
+class Steep(ChannelMSELoss):
+    """The loss at gradients so steep that float16 has no room for them, before or ever."""
+
+    factor = 1.0
+
+    def __call__(self, outputs, targets):
+        loss = super().__call__(outputs, targets)
+        return loss + (loss - loss.detach()) * (self.factor - 1)
+
+
+def steep_unit(factor, **changes):
+    """(record or error, lines told) of a unit whose gradients are `factor` times as steep."""
+    model, teacher, inputs = toy()
+    chain, told = chain_of(model), []
+    unit = units_of(chain, 'block')[0]
+    own, targets = stream(inputs), Targets(
+        *advance(chain_of(teacher), stream(inputs), unit.start, unit.stop, DEVICE))
+    loss_of = Steep(targets, -1)
+    loss_of.factor = factor
+    found = reconstruct(
+        chain, unit, own, own, targets, config(iters=20, autocast='float16', **changes),
+        'rounding', 4, torch.Generator().manual_seed(0), DEVICE, faults=Faults(told.append),
+        loss_of=loss_of)
+    return found, told
+
+
+def test_a_few_steps_left_out_are_not_told():
+    found, told = steep_unit(1.0)
+    assert found['accepted'] and found['iters'] == 20 and told == []
+
+
+def test_many_steps_left_out_are_told():
+    found, told = steep_unit(1e6)
+    assert found['iters'] == 20
+    assert len(told) == 1 and 'of 20 steps were left out' in told[0] and 'bfloat16' in told[0]
+
+
+def test_gradients_that_never_fit_restore_the_unit():
+    found, told = steep_unit(1e30)
+    assert not found['accepted'] and found['iters'] < 20
+    assert len(told) == 1 and "autocast='float16' overflows at any scale" in told[0]
 
 
 @pytest.mark.parametrize('value', ['half', 16, True])
@@ -128,7 +191,12 @@ def test_an_unknown_type_is_refused(value):
 
 def test_nothing_is_left_behind():
     model, teacher, inputs = toy()
-    run(model, teacher, inputs, ['leaf'], config(iters=2, autocast='bfloat16'))
+    chain = chain_of(model)
+    modules = unit_modules(chain, units_of(chain, 'block')[0])
+    with pytest.raises(ZeroDivisionError), LearnedParameters(
+            modules, config(autocast='bfloat16'), 'rounding') as learned:
+        batch = Batch(stream(inputs).states[0], (), [0], [1], 1, 0, ImageNoise(0))
+        learned.backward(chain, units_of(chain, 'block')[0], batch, lambda *_: 1 / 0, 0.0, 1)
     assert not torch.is_autocast_enabled('cpu')
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(q.keep_prob == 1.0 for _, q in quantizers_of(model))
