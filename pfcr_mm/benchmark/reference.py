@@ -77,7 +77,7 @@ def _forward(self, x):
         x = x.float()
     quantized = self.fake_quantize(x)
     if self.keep_prob < 1.0:
-        quantized = torch.where(self.noise(x) < self.keep_prob, quantized, x)
+        quantized = torch.where(torch.rand_like(x) < self.keep_prob, quantized, x)
     return quantized.to(dtype)
 
 

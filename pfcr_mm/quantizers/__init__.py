@@ -1,5 +1,5 @@
 """Numbers: quantizers, their scale search, and weight rounding. Torch only."""
-from .base import Quantizer, build_quantizer
+from .base import Quantizer, build_quantizer, random_mask
 from .fused import fused_kernels
 from .log import AdaLogQuantizer, Log2Quantizer, LogQuantizer, LogSqrt2Quantizer
 from .rounding import AdaRound, LatentRounding, NearestRounding, build_rounding
@@ -9,5 +9,5 @@ from .uniform import UniformQuantizer
 __all__ = [
     'AdaLogQuantizer', 'AdaRound', 'LatentRounding', 'Log2Quantizer', 'LogQuantizer',
     'LogSqrt2Quantizer', 'NearestRounding', 'Quantizer', 'QuantizerSpec', 'UniformQuantizer',
-    'build_quantizer', 'build_rounding', 'fused_kernels'
+    'build_quantizer', 'build_rounding', 'fused_kernels', 'random_mask'
 ]

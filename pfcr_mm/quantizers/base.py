@@ -8,6 +8,11 @@ from .spec import QuantizerSpec
 HALF = (torch.float16, torch.bfloat16)
 
 
+def random_mask(x, share):
+    """Shaped like `x`: 1 with probability `share`, else 0."""
+    return (torch.rand_like(x) < share).to(x.dtype)
+
+
 class Quantizer(nn.Module):
     """Maps a float tensor to its quantize-dequantize value.
 
@@ -27,7 +32,7 @@ class Quantizer(nn.Module):
         self.axis = axis
         self.enabled = False
         self.keep_prob = 1.0  # QDrop: share of values that are quantized while learning
-        self.noise = torch.rand_like  # draws which
+        self.noise = random_mask  # draws which
         self.log_scale = nn.Parameter(torch.zeros(size), requires_grad=False)
         self.register_buffer('zero_point', torch.zeros(size))
         self.calibrated = False
@@ -74,7 +79,7 @@ class Quantizer(nn.Module):
         quantized = self.fake_quantize(x)
         if self.keep_prob < 1.0:
             # with a weight of 0 or 1 exactly one of both; faster than to choose by a boolean
-            quantized = torch.lerp(x, quantized, (self.noise(x) < self.keep_prob).to(x.dtype))
+            quantized = torch.lerp(x, quantized, self.noise(x, self.keep_prob))
         return quantized.to(dtype)
 
     def fake_quantize(self, x):

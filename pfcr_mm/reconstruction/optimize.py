@@ -11,7 +11,7 @@ import torch
 from .. import parallel
 from ..errors import UsageError, check_keys
 from ..modules import QuantLayer, quantizers_of, weights_once
-from ..quantizers import fused_kernels
+from ..quantizers import fused_kernels, random_mask
 from .build_loss import build_loss, check_loss, check_shareable
 from .capture import collate, split
 from .early_stop import EarlyStop, Plateau
@@ -406,7 +406,7 @@ class LearnedParameters:
             parameter.requires_grad_(False)
             parameter.grad = None
         for quantizer in self.activations:
-            quantizer.keep_prob, quantizer.noise = 1.0, torch.rand_like
+            quantizer.keep_prob, quantizer.noise = 1.0, random_mask
         for layer in self.open:
             layer.rounding.close()
 
@@ -447,6 +447,6 @@ def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, d
 def _mix(quantized, floating, share, noise):
     """QDrop: each input element from the quantized prefix with probability `share`."""
     tensors = tuple(
-        torch.where(noise(q) < share, q, f)
+        torch.lerp(f, q, noise(q, share))  # with a weight of 0 or 1 exactly one of both
         for q, f in zip(quantized.tensors, floating.tensors))
     return quantized._replace(tensors=tensors)

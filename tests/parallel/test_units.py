@@ -211,6 +211,6 @@ def test_what_processes_cannot_share_is_refused(shared):
         with pytest.raises(UsageError, match="loss='own' cannot be computed by several"):
             check_shareable(Own, 'own')
         with pytest.raises(UsageError, match='keep_prob'):
-            noise(torch.zeros(3, 4))
+            noise(torch.zeros(3, 4), 0.5)
 
     shared(work)
