@@ -383,10 +383,14 @@ class LearnedParameters:
 
     def update(self):
         """One step of the optimiser along the gradient."""
-        self.precision.scaler.unscale_(self.optimizer)
+        if all(p.grad is None for p in self.parameters):  # the scaler wants one at least
+            return
+        scaler = self.precision.scaler
+        scaler.unscale_(self.optimizer)
         if self.config.clip_grad > 0 and self.clipped:
             torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
-        self.precision.step(self.optimizer)
+        scaler.step(self.optimizer)
+        scaler.update()
 
     @contextmanager
     def paused(self):

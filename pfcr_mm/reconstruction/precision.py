@@ -41,12 +41,6 @@ class Precision:
         found = output.tensors + side
         return tuple(t.float() for t in found) if half else found
 
-    def step(self, optimizer):
-        """One step of the optimiser; `scaler` has given gradients their true size before."""
-        if any(p.grad is not None for group in optimizer.param_groups for p in group['params']):
-            self.scaler.step(optimizer)
-            self.scaler.update()
-
     def overflows(self):
         """Whether gradients no longer fit float16 at any scale; counts steps left out.
 

@@ -183,6 +183,17 @@ def test_gradients_that_never_fit_restore_the_unit():
     assert len(told) == 1 and "autocast='float16' overflows at any scale" in told[0]
 
 
+def test_steps_without_gradients_pass():
+    model, _, _ = toy()
+    modules = unit_modules(chain_of(model), units_of(chain_of(model), 'block')[0])
+    with LearnedParameters(modules, config(autocast='float16'), 'rounding') as learned:
+        before = [p.detach().clone() for p in learned.parameters]
+        for _ in range(2):
+            learned.update()
+        assert all(torch.equal(a, b) for a, b in zip(before, learned.parameters))
+        assert not learned.precision.overflows()
+
+
 @pytest.mark.parametrize('value', ['half', 16, True])
 def test_an_unknown_type_is_refused(value):
     with pytest.raises(UsageError, match=r'autocast=.*bfloat16.*float16.*None'):
