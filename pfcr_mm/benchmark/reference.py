@@ -2,7 +2,7 @@
 
 Every operation is a tensor operation of its own that autograd records: round, clamp, mask,
 mix; the weight is quantized in every call, AdaRound's soft rounding recomputed. BRECQ
-(`quant/quant_layer.py`) and QDrop read like this.
+(`quant/quant_layer.py`) and QDrop read like this. Inputs of units are mixed as ours are.
 """
 import copy
 import types

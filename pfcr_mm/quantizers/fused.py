@@ -127,23 +127,25 @@ def _log_gradients(grad, x, values, scale, steps, last, shift, of_scale):
 
 
 _compiled = {}
-_thread = threading.local()  # torch's options are set a thread, and backward has its own on a GPU
+_thread = threading.local()  # torch's options are a thread's, and backward has its own on a GPU
 _VARIANTS = 64  # of a kernel: ranks and layouts of tensors, one or many scales; torch allows 8
 
 
 def _run(function, *args):
     """Call what torch.compile makes of a function; sizes may change from call to call."""
     if not getattr(_thread, 'ready', False):
-        torch._dynamo.config.cache_size_limit = _VARIANTS
+        torch._dynamo.config.cache_size_limit = max(
+            _VARIANTS, torch._dynamo.config.cache_size_limit)
         _thread.ready = True
     try:
         if function not in _compiled:
             _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True)
         return _compiled[function](*args)
-    except torch._dynamo.exc.BackendCompilerFailed as error:
+    except torch._dynamo.exc.TorchDynamoException as error:
         why = getattr(error, 'inner_exception', error)
         if isinstance(why, torch.OutOfMemoryError):
             raise why from None
+        told = f'{type(why).__name__}: {why}'.splitlines()[0]
         raise UsageError(
-            f'torch.compile fails here ({str(why).strip().splitlines()[0]}); compile=True takes a '
-            'C++ compiler on a CPU and Triton on a GPU, leave it out to go without') from None
+            f'torch.compile fails here ({told}); compile=True takes a C++ compiler on a CPU and '
+            'Triton on a GPU, leave it out to go without') from None

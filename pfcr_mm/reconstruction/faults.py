@@ -33,7 +33,6 @@ class Faults:
                 'with --resume goes on without it')
         self.tell(f'{found}; the unit is restored')
 
-
     def left_out(self, unit, count, steps):
         """Steps of a unit whose gradients had no room in float16: tell it where they are many."""
         if count > 0.1 * steps:

@@ -71,8 +71,11 @@ class ImageNoise:
     def __call__(self, x, share):
         """1 with probability `share` (in steps of 1/256), else 0.
 
-        Shaped like `x`, whose first axis is image-major.
+        Shaped like `x`, whose first axis is image-major. Only a share of 0 gives no ones, and
+        of 1 no zeros.
         """
+        if share in (0, 1):
+            return torch.full_like(x, share)
         factor, rest = divmod(x.shape[0] if x.dim() else 0, max(1, sum(self.sizes)))
         if rest or not factor:
             if parallel.world_size() > 1:

@@ -34,9 +34,9 @@ class UnitConfig:
         weight_scale_lr (float): rate of weight scales, relative; 0 keeps them.
         bias_lr (float): rate of biases.
         norm_lr (float): rate of LayerNorm weights and biases; 0 keeps them.
-        input_mix (float): share of input elements from the quantized prefix; the
-            rest is float (QDrop). 1 is the pure quantized prefix, 0 the float one.
-        keep_prob (float): share of activations quantized inside the unit (QDrop).
+        input_mix (float): share of input elements from the quantized prefix, in steps of
+            1/256; the rest is float (QDrop). 1 is the pure quantized prefix, 0 the float one.
+        keep_prob (float): share of activations quantized inside the unit (QDrop), as finely.
         loss (str | dict): a name of the RECONSTRUCTION_LOSSES table, or dict(type=name, ...).
         clip_grad (float): bound on the gradient norm of the weights; 0 is none.
         early_stop (dict | None): `EarlyStop` fields: fewer steps where the held-out loss no
@@ -214,13 +214,14 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 learned.update()
                 if step % every == 0 and learned.precision.overflows():
                     raise NotFinite(math.inf, f'gradient of step {step}', unit,
-                                    f'autocast={config.autocast!r} overflows at any scale')
+                                    'no loss scale of float16 is small enough for it')
                 steps = step + 1
                 if on_step is not None:
                     on_step(step, loss)
                 if plateau.reached(steps, look):
                     break
             if steps:
+                learned.precision.overflows()  # counts what came after the last look
                 faults.left_out(unit, learned.precision.left_out, steps)
         parallel.copy_from_main([p for m in modules for p in m.parameters()])  # to the bit
         after = evaluate()
@@ -262,10 +263,10 @@ class Batch:
     @classmethod
     def collect(cls, quantized, floating, targets, indices, step, noise, device, input_mix, rows):
         """From streams and targets; `rows` has the whole batch."""
-        state = quantized.batch(indices, device)
         numbers = [quantized.numbers[i] for i in indices]
         sizes = [quantized.states[i].rows for i in indices]
-        if input_mix < 1.0:
+        state = (quantized if input_mix > 0 else floating).batch(indices, device)
+        if 0 < input_mix < 1:
             noise.begin('input', step, numbers, sizes)
             state = _mix(state, floating.batch(indices, device), input_mix, noise)
         target = collate((targets[i] for i in indices), device)

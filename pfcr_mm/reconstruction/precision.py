@@ -6,6 +6,7 @@ import torch
 
 from ..errors import UsageError
 
+_LEAST_SCALE = 2.0**-10
 DTYPES = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 
 
@@ -28,7 +29,7 @@ class Precision:
     """
 
     def __init__(self, name, device):
-        self.name, self.device, self.dtype = name, device, DTYPES.get(name)
+        self.device, self.dtype = device, DTYPES.get(name)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16)
         self.scaler.scale(torch.zeros((), device=device))  # makes its state, batch or no batch
         self._seen, self.left_out = self.scaler.get_scale(), 0
@@ -42,12 +43,12 @@ class Precision:
         return tuple(t.float() for t in found) if half else found
 
     def overflows(self):
-        """Whether gradients no longer fit float16 at any scale; counts steps left out.
+        """Whether gradients overflow whatever the loss is scaled by; counts steps left out.
 
         Reads a number from the device, so that a GPU is waited for.
         """
         scale = self.scaler.get_scale()
         if scale < self._seen:  # halved by each step that is left out
-            self.left_out += round(math.log2(self._seen / scale)) if scale else 1
+            self.left_out += round(math.log2(self._seen / scale))
         self._seen = scale
-        return scale < 1
+        return scale < _LEAST_SCALE

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from pfcr_mm.quantizers import eager, fused_kernels
+from pfcr_mm.errors import UsageError
+from pfcr_mm.quantizers import eager, fused, fused_kernels
 from pfcr_mm.quantizers import functional as F
 
 pytestmark = pytest.mark.skipif(
@@ -77,10 +78,14 @@ def test_a_scale_of_fewer_axes():
 
 
 def test_a_frozen_scale_has_no_gradient():
-    x = normal(40, 12).requires_grad_()
-    with fused_kernels():
-        UNIFORM(x, ONE, torch.tensor([5.]), 0, 15).sum().backward()
-    assert x.grad is not None and ONE.grad is None
+    x = normal(40, 12)
+    for function, *args in ((F.kernels.uniform_gradients, ONE, torch.tensor([5.]), 0, 15),
+                            (F.kernels.log_gradients, ONE, STEPS, 15, 0.17)):
+        want = function(x, x, x, *args, False)
+        with fused_kernels():
+            got = getattr(F.kernels, function.__name__)(x, x, x, *args, False)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+        assert torch.equal(got[1], torch.zeros_like(ONE))
 
 
 def test_only_within_the_block_and_where_switched_on():
@@ -92,8 +97,22 @@ def test_only_within_the_block_and_where_switched_on():
     assert F.kernels is eager
 
 
+@pytest.mark.parametrize('error', [
+    pytest.param(torch._dynamo.exc.TorchDynamoException('no Triton'), id='Triton'),
+    pytest.param(torch._dynamo.exc.BackendCompilerFailed('inductor', AssertionError(), None),
+                 id='assertion')])
+def test_a_failing_compiler_is_one_clear_line(error, monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(torch, 'compile', lambda function, **_: fail)
+    monkeypatch.setattr(fused, '_compiled', {})
+    with pytest.raises(UsageError, match=r'compile=True.*Triton'), fused_kernels():
+        values_and_gradients(*CASES['plain'])
+
+
 def test_no_compiler_is_one_clear_line(tmp_path):
-    code = ("from test_fused import *\nfrom pfcr_mm.errors import UsageError\ntry:\n"
+    code = ("from test_fused import *\ntry:\n"
             "    with fused_kernels():\n        values_and_gradients(*CASES['plain'])\n"
             "except UsageError as error:\n    print(error)")
     done = subprocess.run(

@@ -44,6 +44,11 @@ def test_shares(share, bound):
     assert abs(mask.mean() - wanted) < 4 * (wanted * (1 - wanted) / mask.numel())**0.5
 
 
+def test_all_and_none():
+    for share in (0, 1, 0.0, 1.0):
+        assert (drawn([3], [4], share=share)[0] == share).all()
+
+
 def test_neighbours_are_independent():
     mask, = drawn([0], [1], shapes=((80001, ), ))
     signs = 2 * mask.view(-1) - 1

@@ -160,15 +160,22 @@ def steep_unit(factor, **changes):
     loss_of = Steep(targets, -1)
     loss_of.factor = factor
     found = reconstruct(
-        chain, unit, own, own, targets, config(iters=20, autocast='float16', **changes),
+        chain, unit, own, own, targets, config(**{'iters': 20, 'autocast': 'float16', **changes}),
         'rounding', 4, torch.Generator().manual_seed(0), DEVICE, faults=Faults(told.append),
         loss_of=loss_of)
     return found, told
 
 
-def test_a_few_steps_left_out_are_not_told():
+def test_a_unit_without_overflow_tells_nothing():
     found, told = steep_unit(1.0)
     assert found['accepted'] and found['iters'] == 20 and told == []
+
+
+@pytest.mark.parametrize('count, tells', [(0, False), (2, False), (3, True)])
+def test_a_tenth_of_the_steps_is_not_told(count, tells):
+    told = []
+    Faults(told.append).left_out(units_of(chain_of(toy()[0]), 'block')[0], count, 20)
+    assert bool(told) == tells
 
 
 def test_many_steps_left_out_are_told():
@@ -178,9 +185,14 @@ def test_many_steps_left_out_are_told():
 
 
 def test_gradients_that_never_fit_restore_the_unit():
-    found, told = steep_unit(1e30)
-    assert not found['accepted'] and found['iters'] < 20
-    assert len(told) == 1 and "autocast='float16' overflows at any scale" in told[0]
+    found, told = steep_unit(1e30, iters=40)
+    assert not found['accepted'] and found['iters'] < 40
+    assert len(told) == 1 and 'no loss scale of float16 is small enough' in told[0]
+
+
+def test_clipping_leaves_overflowing_steps_out():
+    found, told = steep_unit(1e6, clip_grad=1.0)
+    assert found['iters'] == 20 and math.isfinite(found['loss_after']) and len(told) == 1
 
 
 def test_steps_without_gradients_pass():
