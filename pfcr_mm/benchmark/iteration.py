@@ -6,6 +6,7 @@ import torch
 from ..modules import QuantLayer
 from ..reconstruction import UnitConfig
 from ..reconstruction.build_loss import build_loss
+from ..reconstruction.capture import collate
 from ..reconstruction.optimize import reconstruct, unit_modules
 from ..reconstruction.precision import Precision
 from .reference import straight_twin
@@ -55,8 +56,7 @@ def float_step(case, config):
     device = next(case.model.parameters()).device
     indices = list(range(case.batch))
     state = case.inputs.batch(indices, device)
-    target = tuple(torch.cat(parts).to(device, torch.float32)
-                   for parts in zip(*(case.targets[i] for i in indices)))
+    target = collate((case.targets[i] for i in indices), device)
     loss_of = build_loss(config.loss, case.targets, case.float_chain.channel_axis)
     precision = Precision(config.autocast, device)
     parameters = float_parameters(case)

@@ -46,18 +46,16 @@ def uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=Tr
     return grad_x, grad_scale.div_(scale)
 
 
-def log_values(x, scale, steps_per_octave, bits, zero_below, shift):
+def log_values(x, scale, steps, bits, zero_below, shift, known=None):
     """`log_decode` of `log_encode` of x + shift, less the shift.
 
-    Steps an octave are a number, or a tensor of one a scale.
+    `known` is the number of steps an octave where all scales have the same.
     """
-    by_exponent = (not torch.is_tensor(steps_per_octave) and steps_per_octave in (1, 2)
-                   and bits <= 6 and x.dtype in _EXPONENTS)
-    steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
+    by_exponent = known in (1, 2) and bits <= 6 and x.dtype in _EXPONENTS
     values = dense_like(x)
     for x_, out, s, r in blocks((x, values), (scale, steps)):
         if by_exponent:
-            _log_by_exponent(x_ + shift, s, bits, steps_per_octave, zero_below, out)
+            _log_by_exponent(x_ + shift, s, bits, known, zero_below, out)
         else:
             _log_by_logarithm(x_ + shift, s, bits, r, zero_below, out)
         out.sub_(shift)

@@ -106,8 +106,9 @@ class LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, bits, steps_per_octave, zero_below, shift=0.0):
-        values = kernels.log_values(x, scale, steps_per_octave, bits, zero_below, shift)
         steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
+        known = None if torch.is_tensor(steps_per_octave) else steps_per_octave
+        values = kernels.log_values(x, scale, steps, bits, zero_below, shift, known)
         ctx.save_for_backward(x, scale, steps, values)
         ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift
         return values

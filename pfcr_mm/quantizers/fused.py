@@ -4,7 +4,6 @@ The same functions as in `eager.py`, as the formulas stand; the compiler may rou
 sums in another order. The first call of each compiles, which takes a C++ compiler on a CPU and
 Triton on a GPU.
 """
-import threading
 from contextlib import contextmanager
 
 import torch
@@ -33,32 +32,31 @@ class _Fused:
 
     @staticmethod
     def uniform_values(x, scale, zero_point, low, high):
-        layout = _Layout(x, scale)
-        return layout.back(_run(_uniform_values, *layout(x), *layout.scales(scale, zero_point),
-                                low, high))
+        return _values(_uniform_values, x, scale, zero_point, low, high)
 
     @staticmethod
-    def uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=True):
-        layout = _Layout(x, scale)
-        grad_x, grad_scale = _run(
-            _uniform_gradients, *layout(grad, x, values), *layout.scales(scale, zero_point),
-            low, high, of_scale)
-        return layout.back(grad_x), layout.scale_back(grad_scale)
+    def uniform_gradients(grad, x, values, scale, zero_point, *rest):
+        return _gradients(_uniform_gradients, grad, x, values, scale, zero_point, *rest)
 
     @staticmethod
-    def log_values(x, scale, steps_per_octave, bits, zero_below, shift):
-        steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
-        layout = _Layout(x, scale)
-        return layout.back(_run(_log_values, *layout(x), *layout.scales(scale, steps),
-                                2**bits - 1, zero_below, shift))
+    def log_values(x, scale, steps, bits, zero_below, shift, known=None):
+        return _values(_log_values, x, scale, steps, 2**bits - 1, zero_below, shift)
 
     @staticmethod
-    def log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
-        layout = _Layout(x, scale)
-        grad_x, grad_scale = _run(
-            _log_gradients, *layout(grad, x, values), *layout.scales(scale, steps), last, shift,
-            of_scale)
-        return layout.back(grad_x), layout.scale_back(grad_scale)
+    def log_gradients(grad, x, values, scale, steps, *rest):
+        return _gradients(_log_gradients, grad, x, values, scale, steps, *rest)
+
+
+def _values(function, x, scale, other, *rest):
+    layout = _Layout(x, scale)
+    return layout.back(_run(function, *layout(x), *layout.scales(scale, other), *rest))
+
+
+def _gradients(function, grad, x, values, scale, other, *rest):
+    layout = _Layout(x, scale)
+    grad_x, grad_scale = _run(
+        function, *layout(grad, x, values), *layout.scales(scale, other), *rest)
+    return layout.back(grad_x), layout.scale_back(grad_scale)
 
 
 class _Layout:
@@ -97,7 +95,7 @@ def _uniform_values(x, scale, zero_point, low, high):
     return ((x / scale).round().add(zero_point).clamp(low, high) - zero_point) * scale
 
 
-def _uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale):
+def _uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=True):
     codes = x / scale + zero_point
     inside = (codes > low - 0.5) & (codes < high + 0.5)
     grad_x = torch.where(inside, grad, 0.0)
@@ -115,7 +113,7 @@ def _log_values(x, scale, steps, last, zero_below, shift):
     return values - shift
 
 
-def _log_gradients(grad, x, values, scale, steps, last, shift, of_scale):
+def _log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
     shifted = (x + shift).clamp(min=TINY)
     ratio = shifted / scale
     product = (values + shift) * grad
@@ -127,16 +125,14 @@ def _log_gradients(grad, x, values, scale, steps, last, shift, of_scale):
 
 
 _compiled = {}
-_thread = threading.local()  # torch's options are a thread's, and backward has its own on a GPU
 _VARIANTS = 64  # of a kernel: ranks and layouts of tensors, one or many scales; torch allows 8
 
 
 def _run(function, *args):
     """Call what torch.compile makes of a function; sizes may change from call to call."""
-    if not getattr(_thread, 'ready', False):
-        torch._dynamo.config.cache_size_limit = max(
-            _VARIANTS, torch._dynamo.config.cache_size_limit)
-        _thread.ready = True
+    options = torch._dynamo.config  # of this thread; a GPU's backward has its own
+    if options.cache_size_limit < _VARIANTS:
+        options.cache_size_limit = _VARIANTS
     try:
         if function not in _compiled:
             _compiled[function] = torch.compile(function, dynamic=True, fullgraph=True)
