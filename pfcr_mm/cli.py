@@ -111,6 +111,12 @@ class _Overrides(DictAction):
             if 'dict(' in value:
                 raise argparse.ArgumentError(
                     self, f"{value!r}: write KEY.SUBKEY=VALUE; dict(...) belongs in a config")
+            try:
+                self._parse_iterable(value.partition('=')[2])
+            except (AssertionError, RecursionError):  # MMEngine's own at brackets and at dicts
+                raise argparse.ArgumentError(
+                    self, f'{value!r}: this value cannot be read; brackets come in pairs, and '
+                    'what is more than a list of words and numbers belongs in a config') from None
         super().__call__(parser, namespace, values, option_string)
 
 

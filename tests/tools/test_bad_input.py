@@ -101,8 +101,10 @@ def test_work_dir_is_a_file(refused, tiny_run, tiny_options, tmp_path):
 @pytest.mark.parametrize('args, word', [
     ([], 'config'),
     ([W4A4, '--cfg-options', 'model'], 'KEY=VALUE'),
+    ([W4A4, '--cfg-options', 'quantize_cfg.levels=[leaf,block'], 'brackets'),
+    ([W4A4, '--cfg-options', "model.quant={'a':[{'b':'c'},{'d':'e','f':'g'}]}"], 'in a config'),
     ([W4A4, '--bits', 4], '--bits'),
-], ids=['nothing', 'no value', 'unknown flag'])
+], ids=['nothing', 'no value', 'open bracket', 'dicts in a list', 'unknown flag'])
 def test_command_line(args, word, capsys):
     with pytest.raises(SystemExit) as stop:
         quant_main([str(a) for a in args])
