@@ -26,7 +26,8 @@ config has changed. A run that fails is told in one line and the others go on. -
 only collects, --list only says what would be run.
 
 Columns of the CSV: config, the axes, seed, metrics of the quantized, the float and the
-calibrated model (0 to 1), iterations, seconds. Rows of other cells that it holds stay.
+calibrated model (0 to 1), iterations, seconds. Rows of other cells that it holds stay, and
+those of other iterations. The plot shows the cells of this call.
 """
 import argparse
 import itertools
@@ -163,11 +164,11 @@ def main(argv=None):
     if args.list:
         print('\n'.join(f'{label(cell)} seed {seed}' for cell in cells for seed in args.seeds))
         return 0
-    failed = collect(args, cells)
+    found, failed = collect(args, cells)
     rows = [r for r in read_csv(Path(args.out)) if r['config'] == Path(args.config).stem]
     if rows:
         print('\n'.join(table(rows)))
-        plot(args, groups, rows)
+    plot(args, groups, found)
     if failed:
         print(f'ablate: {failed} of {len(cells) * len(args.seeds)} runs failed', file=sys.stderr)
     return 1 if failed else 0
@@ -202,9 +203,16 @@ def grid(args):
 
 
 def collect(args, cells):
-    """Run what is missing, and write all rows. Returns how many runs failed."""
+    """Run what is missing, and write all rows.
+
+    A row of the same cell and seed stays beside a new one of other iterations: it is another
+    measurement.
+
+    Returns:
+        tuple[dict, int]: rows by cell, of this call; how many runs failed.
+    """
     out, stem, failed = Path(args.out), Path(args.config).stem, 0
-    rows = read_csv(out)
+    rows, found = read_csv(out), {}
     for cell, seed in itertools.product(cells, args.seeds):
         name = f'{label(cell)} seed {seed}'
         folder = Path(args.work_dir) / stem / f'{label(cell)}_seed{seed}'
@@ -214,10 +222,11 @@ def collect(args, cells):
         if report is None:
             continue
         new = row(stem, described(quant_config(arguments), cell), report)
-        same = ('config', *AXES, 'seed')
+        found.setdefault(cell, []).append(new)
+        same = ('config', *AXES, 'seed', 'iterations')
         rows = [r for r in rows if any(str(r[k]) != str(new[k]) for k in same)] + [new]
         write_csv(rows, out, dict.fromkeys(key for r in rows for key in r))
-    return failed
+    return found, failed
 
 
 def arguments_of(args, cell, seed):
@@ -254,7 +263,7 @@ def row(stem, values, report):
 
 
 def table(rows):
-    """A Markdown table, a line a cell: mean and range over seeds, in percent.
+    """A Markdown table, a line a cell and number of iterations: mean and range, in percent.
 
     Args:
         rows (list[dict]): of one config, as the CSV has them.
@@ -263,31 +272,34 @@ def table(rows):
     metric = main_metric(rows)
     lines = ['| ' + ' | '.join([*varied, 'seeds', 'iterations', metric, 'of float']) + ' |',
              '|' + '---|' * (len(varied) + 4)]
-    for key, group in _grouped(rows, varied).items():
+    for (*key, iterations), group in _grouped(rows, [*varied, 'iterations']).items():
         mean, low, high = spread([_number(r[metric]) for r in group])
         reference = [_number(r[f'float_{metric}']) for r in group]
         share = '-' if None in reference or not sum(reference) else (
             f'{100 * mean * len(reference) / sum(reference) / 100:.1f}%')
         shown = f'{mean:.1f}' + (f' [{low:.1f}..{high:.1f}]' if high > low else '')
-        iterations = '..'.join(dict.fromkeys(str(r['iterations']) for r in group))
         lines.append(f"| {' | '.join(key)} | {len(group)} | {iterations} | {shown} | {share} |")
     return lines
 
 
 def plot(args, groups, rows):
-    """Draw a panel for each word of --grid: mean and range over seeds, float and calibrated."""
+    """Draw a panel for each word of --grid: mean and range over seeds, float and calibrated.
+
+    Args:
+        args (argparse.Namespace): of the command line.
+        groups (dict): see `grid`.
+        rows (dict): by cell, see `collect`.
+    """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    metric = main_metric(rows)
-    title = titles({metric: 0})[metric]
-    panels = {}
-    for word, cells in groups.items():
-        found = [_of_cell(args, rows, cell) for cell in cells]
-        if any(found):
-            panels[word] = [group for group in found if group]
+    panels = {word: [rows[cell] for cell in cells if cell in rows]
+              for word, cells in groups.items()}
+    panels = {word: found for word, found in panels.items() if found}
     if not panels:
         return
+    metric = main_metric(next(iter(rows.values())))
+    title = titles({metric: 0})[metric]
     heights = [len(found) for found in panels.values()]
     figure, axes = plt.subplots(
         len(panels), 1, squeeze=False, sharex=True, constrained_layout=True,
@@ -327,12 +339,6 @@ def spread(values):
     """Mean, least and largest, in percent."""
     values = [100 * v for v in values if v is not None] or [0.0]
     return sum(values) / len(values), min(values), max(values)
-
-
-def _of_cell(args, rows, cell):
-    arguments = [args.config, *arguments_of(args, cell, args.seeds[0])]
-    wanted = described(quant_config(arguments), cell)
-    return [r for r in rows if all(r[name] == wanted[name] for name in AXES)]
 
 
 def _grouped(rows, names):

@@ -98,6 +98,18 @@ def test_what_is_done_is_not_repeated(grid):
     assert len(grid('--grid', 'loss=mse', '--seeds', 0, '--total-iters', 5000)[2]) == 1
 
 
+def test_rows_of_other_iterations_stay(grid, capsys):
+    out = grid.folder / 'out.csv'
+    grid('--grid', 'loss=mse', '--seeds', 0)
+    earlier = out.read_text()
+    out.write_text(earlier.replace(',7,', ',900,').replace('0.6,', '0.7,'))
+    _, rows, _ = grid('--grid', 'loss=mse', '--seeds', 0, '--no-run')
+    assert [(r['iterations'], r['top1']) for r in rows] == [('900', '0.7'), ('7', '0.6')]
+    printed = capsys.readouterr().out
+    assert '| 1 | 900 | 70.0 |' in printed and '| 1 | 7 | 60.0 |' in printed
+    assert len(grid('--grid', 'loss=mse', '--seeds', 0, '--no-run')[1]) == 2  # none is added
+
+
 def test_a_failure_does_not_stop_the_rest(grid, capsys):
     code, rows, _ = grid('--grid', 'rounding', '--seeds', 0)
     assert code == 1 and [r['rounding'] for r in rows] == ['latent']
