@@ -26,6 +26,8 @@ class LossContext:
         device (torch.device): where to compute.
         batch_size (int): images at a time.
         mixed (list[MixedLoss]): that were built in it; see `take_first_values`.
+        curvatures (dict): of `APHLoss`, by the boundary where units end: finer and coarser
+            units that end together share them.
     """
 
     view: object
@@ -33,6 +35,7 @@ class LossContext:
     device: torch.device
     batch_size: int = 8
     mixed: list = field(default_factory=list)
+    curvatures: dict = field(default_factory=dict)
 
     def batches(self):
         """The float states after the unit, of the images that this process holds."""
@@ -196,7 +199,11 @@ class APHLoss(_Guided):
             self.other = build_loss(other, targets, channel_axis, context)
             return
         self.count, self.axis = count, channel_axis
-        self.weights = self._curvature(context, step)
+        known = context.curvatures.setdefault(view.unit.stop, {})
+        way = step, context.batch_size
+        if way not in known:
+            known[way] = self._curvature(context, step)
+        self.weights = known[way]
         self.sides = None
         if max(parallel.gather(len(targets[0]) if targets else 0)) > count:
             self.sides = ChannelMSELoss(PartOf(targets, slice(count, None)), channel_axis)

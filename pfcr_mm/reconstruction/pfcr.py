@@ -41,6 +41,7 @@ class ChainReconstructor:
         self.cache, self.faults, self.at_once = cache, faults, at_once
         self.quantized = Boundaries(chain, quantized, device, cache, at_once)
         self.floating = Boundaries(teacher_chain, floating, device, cache, at_once)
+        self.curvatures = {}  # by boundary, see `LossContext`
 
     def paths(self):
         """How the streams that are kept came to be: what `follow` needs."""
@@ -125,7 +126,8 @@ class ChainReconstructor:
         if view is self.teacher_chain:
             view = UnitView(float_chain, unit, (), float_chain)
             view.sizes = {UNIT: outputs}
-        return LossContext(view, states, self.device, batch_size)
+        return LossContext(
+            view, states, self.device, batch_size, curvatures=self.curvatures)
 
     def _move_on(self, unit, upcoming):
         """Run the streams to the next unit, if it is further on than this one.
@@ -133,9 +135,9 @@ class ChainReconstructor:
         Of the boundaries those stay where a later unit starts (and 0: all can be run from it),
         of the float ones also those where it ends: its targets.
         """
-        starts = {later.start for later in upcoming}
-        for boundaries, needed in ((self.quantized, starts),
-                                   (self.floating, starts | {later.stop for later in upcoming})):
+        starts, stops = ({getattr(later, end) for later in upcoming} for end in ('start', 'stop'))
+        self.curvatures = {stop: of for stop, of in self.curvatures.items() if stop in stops}
+        for boundaries, needed in ((self.quantized, starts), (self.floating, starts | stops)):
             if upcoming and upcoming[0].start >= unit.stop:
                 boundaries.at(upcoming[0].start)
             boundaries.keep_only(needed)

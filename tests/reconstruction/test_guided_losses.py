@@ -1,5 +1,6 @@
 """Losses that look further than a unit's output, on a toy and on a tiny classifier."""
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,14 @@ from pfcr_mm.reconstruction import (
     ChainReconstructor,
     Stage,
     UnitConfig,
+    build_schedule,
     calibrate,
     observe,
     units_of,
 )
 from pfcr_mm.reconstruction.build_loss import build_loss, check_loss, loss_wants
 from pfcr_mm.reconstruction.capture import Stream, advance
-from pfcr_mm.reconstruction.guided_losses import LossContext, MixedLoss, head_kl
+from pfcr_mm.reconstruction.guided_losses import APHLoss, LossContext, MixedLoss, head_kl
 from pfcr_mm.reconstruction.views import FINAL, LAYERS, UNIT, UnitView
 
 DEVICE = torch.device('cpu')
@@ -125,6 +127,36 @@ def test_aph_of_a_linear_rest_is_its_gram_matrix_times_the_move():
     found = loss_of.weights[0][0]
     ratio = found / expected
     assert torch.allclose(ratio, ratio[:1, :1].expand_as(ratio), rtol=1e-3)
+
+
+def test_units_that_end_together_share_their_curvature(classifier, monkeypatch):
+    """An MLP and its block, but no attention; what no later unit needs is dropped."""
+    made, weights = [], []
+    plain, first = APHLoss._curvature, APHLoss.__init__
+
+    def curvature(self, context, step):
+        made.append(context.view.unit.name.removeprefix('backbone.'))
+        return plain(self, context, step)
+
+    def init(self, targets, axis, context, **options):
+        first(self, targets, axis, context, **options)
+        alone = plain(self, replace(context, curvatures={}), 1e-3)
+        weights.append(torch.equal(self.weights[0], alone[0]))
+
+    monkeypatch.setattr(APHLoss, '_curvature', curvature)
+    monkeypatch.setattr(APHLoss, '__init__', init)
+    runner = reconstructor(*classifier)
+    schedule = [u for u in build_schedule(runner.chain, ['leaf', 'block'], 'post_order')
+                if '.blocks.' in u.name][:6]
+    config = UnitConfig(iters=2, batch_size=3, loss='aph')
+    kept = []
+    runner.run(schedule, lambda _: config, Stage(1, True, True, ()),
+               on_unit_end=lambda _: kept.append(sorted(runner.curvatures)))
+    assert [u.name.removeprefix('backbone.') for u in schedule] == [
+        f'blocks.{i}{end}' for i in (0, 1) for end in ('.attn', '.mlp', '')]
+    assert made == ['blocks.0.attn', 'blocks.0.mlp', 'blocks.1.attn', 'blocks.1.mlp']
+    assert weights == [True] * 6
+    assert kept == [[], [3], [], [], [5], []]
 
 
 def test_images_of_several_sizes_share_a_weight_a_channel():
