@@ -17,10 +17,10 @@ from .collectives import (
 )
 from .gradients import GradientSum
 from .launch import end, rank_of_environment, start, stop
-from .shard import Shard, numbers_of, whole
+from .shard import Shard, whole
 
 __all__ = [
     'GradientSum', 'Shard', 'copy_from_main', 'end', 'from_main', 'gather', 'highest', 'is_main',
-    'numbers_of', 'rank', 'rank_of_environment', 'start', 'stop', 'sum_in_place', 'total',
-    'whole', 'world_size'
+    'rank', 'rank_of_environment', 'start', 'stop', 'sum_in_place', 'total', 'whole',
+    'world_size'
 ]

@@ -9,6 +9,7 @@ from ranks import Ranks
 
 from pfcr_mm import parallel
 from pfcr_mm.errors import UsageError
+from pfcr_mm.parallel.shard import numbers_of
 from pfcr_mm.reconstruction.calibrate import Reservoir
 from pfcr_mm.reconstruction.losses import ChannelMSELoss, MSELoss
 
@@ -39,7 +40,7 @@ def test_one_process_talks_to_nobody():
     left = torch.ones(2)
     parallel.sum_in_place([left])
     assert left.tolist() == [1, 1]
-    assert parallel.whole(['a', 'b']) == ['a', 'b'] and parallel.numbers_of('ab') == [0, 1]
+    assert parallel.whole(['a', 'b']) == ['a', 'b'] and numbers_of('ab') == [0, 1]
     assert parallel.is_main() and parallel.world_size() == 1
     parallel.start('none', 'test')
     parallel.end('not ended', 1)
