@@ -320,7 +320,7 @@ def plot(args, groups, rows):
             values = [_number(r[f'{prefix}{metric}']) for group in found for r in group]
             values = [v for v in values if v is not None]
             if values:
-                axis.axvline(sum(values) / len(values), color='gray', linestyle=style,
+                axis.axvline(100 * sum(values) / len(values), color='gray', linestyle=style,
                              label=prefix.strip('_'))
     axes[0, 0].legend(loc='best', fontsize=8)
     axes[-1, 0].set_xlabel(f'{title} (%), mean and range over seeds')

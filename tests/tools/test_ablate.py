@@ -4,6 +4,7 @@ import json
 
 import pytest
 from demo_runs import REPO, load_tool
+from matplotlib.axes import Axes
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.fingerprint import fingerprint
@@ -108,6 +109,19 @@ def test_rows_of_other_iterations_stay(grid, capsys):
     printed = capsys.readouterr().out
     assert '| 1 | 900 | 70.0 |' in printed and '| 1 | 7 | 60.0 |' in printed
     assert len(grid('--grid', 'loss=mse', '--seeds', 0, '--no-run')[1]) == 2  # none is added
+
+
+def test_the_plot_is_in_percent(grid, monkeypatch):
+    drawn, points = [], []
+    line, bars = Axes.axvline, Axes.errorbar
+    monkeypatch.setattr(Axes, 'axvline', lambda self, x, **more: (
+        drawn.append(x), line(self, x, **more))[1])
+    monkeypatch.setattr(Axes, 'errorbar', lambda self, x, y, **more: (
+        points.append((x, more['xerr'])), bars(self, x, y, **more))[1])
+    grid('--grid', 'loss=mse', '--seeds', 0, 2)
+    assert drawn == [pytest.approx(80)]
+    (means, (below, above)), = points
+    assert means == pytest.approx([61]) and below == above == (pytest.approx([1]))
 
 
 def test_a_failure_does_not_stop_the_rest(grid, capsys):
