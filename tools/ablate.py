@@ -276,7 +276,7 @@ def table(rows):
         mean, low, high = spread([_number(r[metric]) for r in group])
         reference = [_number(r[f'float_{metric}']) for r in group]
         share = '-' if None in reference or not sum(reference) else (
-            f'{100 * mean * len(reference) / sum(reference) / 100:.1f}%')
+            f'{mean * len(reference) / sum(reference):.1f}%')
         shown = f'{mean:.1f}' + (f' [{low:.1f}..{high:.1f}]' if high > low else '')
         lines.append(f"| {' | '.join(key)} | {len(group)} | {iterations} | {shown} | {share} |")
     return lines
@@ -318,9 +318,8 @@ def plot(args, groups, rows):
         axis.grid(axis='x', alpha=0.3)
         for prefix, style in (('float_', '-'), ('calibrated_', ':')):
             values = [_number(r[f'{prefix}{metric}']) for group in found for r in group]
-            values = [v for v in values if v is not None]
-            if values:
-                axis.axvline(100 * sum(values) / len(values), color='gray', linestyle=style,
+            if any(v is not None for v in values):
+                axis.axvline(spread(values)[0], color='gray', linestyle=style,
                              label=prefix.strip('_'))
     axes[0, 0].legend(loc='best', fontsize=8)
     axes[-1, 0].set_xlabel(f'{title} (%), mean and range over seeds')

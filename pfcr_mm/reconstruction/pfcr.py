@@ -126,8 +126,7 @@ class ChainReconstructor:
         if view is self.teacher_chain:
             view = UnitView(float_chain, unit, (), float_chain)
             view.sizes = {UNIT: outputs}
-        return LossContext(
-            view, states, self.device, batch_size, curvatures=self.curvatures)
+        return LossContext(view, states, self.device, batch_size, curvatures=self.curvatures)
 
     def _move_on(self, unit, upcoming):
         """Run the streams to the next unit, if it is further on than this one.
