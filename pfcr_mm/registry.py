@@ -94,6 +94,7 @@ CONVERTERS = TypeTable('converter')  # float attention -> quantized attention
 CHAINS = TypeTable('chain')  # part of a detector -> its ordered leaves
 POST_NORM = TypeTable('post-norm pairs')  # block -> (norm, layer, window attention or None)
 VALUE_PROJECTIONS = TypeTable('value projections')  # attention -> (qkv, proj), or None
+QUERY_KEYS = TypeTable('queries and keys')  # attention -> (qkv, tables of positions), or None
 POST_GELU = TypeTable('post-GELU layers')  # MLP -> the layers that read a GELU's output
 OUTPUT_NORMS = TypeTable('output norms')  # backbone -> the norm each output map comes from
 MAP_READERS = TypeTable('map readers')  # neck -> {input map: the one layer that reads it}

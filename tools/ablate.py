@@ -16,6 +16,8 @@ may name its values: `pos=off,quantizer`. Axes and values:
     softmax     log2, log_sqrt2, adalog, uniform
     gelu        adalog, uniform (quantizer of what comes from a GELU)
     values      balanced, plain (attention's values against the output projection)
+    queries     turned, plain (with keys, within a head)
+    means       centred, plain (keys and values)
     padding     moved, zero (as published code has it; needs windows that are padded)
     zero_point  integer, fractional (as published code has it)
     traversal   post_order, level_order
@@ -41,7 +43,8 @@ from pfcr_mm.engine.metrics import titles
 from pfcr_mm.errors import UsageError
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
-GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'padding', 'zero_point')
+GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'queries', 'means',
+        'padding', 'zero_point')
 STATES = (('', 'quantized'), ('float_', 'float'), ('calibrated_', 'calibrated'))
 
 
@@ -131,6 +134,8 @@ AXES = dict(
     softmax=Axis('model.quant.softmax.kind', ['log2', 'log_sqrt2', 'adalog', 'uniform']),
     gelu=Axis('model.quant.post_gelu.kind', ['adalog', 'uniform']),
     values=Axis('model.quant.balance_values', dict(balanced=True, plain=False)),
+    queries=Axis('model.quant.rotate_queries', dict(turned=True, plain=False)),
+    means=Axis('model.quant.centre_heads', dict(centred=True, plain=False)),
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),
     traversal=Axis('quantize_cfg.traversal', ['post_order', 'level_order']))
@@ -138,6 +143,7 @@ AXES = dict(
 DEFAULTS = {
     'model.quant.rounding': 'latent', 'model.quant.softmax.kind': 'log2',
     'model.quant.post_gelu.kind': 'adalog', 'model.quant.balance_values': True,
+    'model.quant.rotate_queries': True, 'model.quant.centre_heads': True,
     'model.quant.move_padding': True, 'model.quant.integer_zero_point': True,
     'quantize_cfg.reconstruction.loss': 'channel_mse'}
 
@@ -224,7 +230,7 @@ def collect(args, cells):
         new = row(stem, described(quant_config(arguments), cell), report)
         found.setdefault(cell, []).append(new)
         same = ('config', *AXES, 'seed', 'iterations')
-        rows = [r for r in rows if any(str(r[k]) != str(new[k]) for k in same)] + [new]
+        rows = [r for r in rows if any(str(r.get(k)) != str(new[k]) for k in same)] + [new]
         write_csv(rows, out, dict.fromkeys(key for r in rows for key in r))
     return found, failed
 
@@ -268,6 +274,7 @@ def table(rows):
     Args:
         rows (list[dict]): of one config, as the CSV has them.
     """
+    rows = [{**dict.fromkeys(AXES, ''), **r} for r in rows]  # older ones may lack an axis
     varied = [name for name in AXES if len({r[name] for r in rows}) > 1] or ['bits']
     metric = main_metric(rows)
     lines = ['| ' + ' | '.join([*varied, 'seeds', 'iterations', metric, 'of float']) + ' |',

@@ -5,7 +5,8 @@ import torch
 from mmengine.device import get_device
 
 from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
-from ..models.reparam import fold_alike, post_norm_pairs, value_projections
+from ..models.head_folds import BUFFERS, free_heads
+from ..models.reparam import fold_alike, post_norm_pairs
 from ..modules import set_quantization
 from ..registry import MODELS
 
@@ -44,8 +45,8 @@ def align(floating, quantized):
 
     Reparameterisation has moved scales from the norms of the quantized model into the
     layers behind them. Its activations can be compared number by number only with those
-    of a twin that is folded alike. The fold is read off the norms of both, that of values
-    off the buffer that holds it.
+    of a twin that is folded alike. The fold is read off the norms of both, that of heads
+    off the buffers that hold it.
 
     Args:
         floating (nn.Module): the float twin, changed in place.
@@ -56,10 +57,12 @@ def align(floating, quantized):
     for (norm, layer, _), (other, *_) in zip(post_norm_pairs(floating), post_norm_pairs(quantized)):
         ratio = _sane(norm.weight / other.weight)
         folds[names[id(layer)]] = ratio, norm.bias / ratio - other.bias
-    for (attention, _, proj), (other, *_) in zip(
-            value_projections(floating), value_projections(quantized)):
-        ratio = _sane(other.value_ratio / attention.value_ratio)
-        folds[names[id(proj)]] = ratio, torch.zeros_like(ratio)
+    others = free_heads(quantized)
+    for name, free in free_heads(floating).items():
+        own, other = ({key: getattr(attention, key) for key in BUFFERS if hasattr(attention, key)}
+                      for attention in (free.attention, others[name].attention))
+        if any(not torch.equal(own[key], other[key]) for key in own):  # not folded already
+            folds[name] = other
     fold_alike(floating, folds)
     set_quantization(floating, False, False)
 

@@ -6,9 +6,11 @@ import torch
 
 from .. import parallel
 from ..models import part_chains, reparameterise
-from ..models.reparam import balance_values, fold_alike, make_channelwise, value_projections
+from ..models.head_folds import fold_heads, free_heads
+from ..models.reparam import fold_alike, make_channelwise
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import (
+    AttendedValues,
     MomentObserver,
     calibrate,
     compensate_weights,
@@ -18,7 +20,7 @@ from ..reconstruction import (
 )
 from ..reconstruction.faults import check_seen
 
-_BALANCED_BY = 8  # images; sizes of channels need few
+_HEADS_FOLDED_BY = 8  # images; means and sizes of channels need few
 
 
 class Calibrating:
@@ -30,7 +32,7 @@ class Calibrating:
 
     def calibrate(self):
         """First scales of everything, post-norm activations channel-wise."""
-        self._balance()
+        self._fold_heads()
         if self.model.quant_config.reparam:
             make_channelwise(self.model)
         self._search_scales(self.model, activations=True)
@@ -69,18 +71,17 @@ class Calibrating:
 
     # --- passes over the images -----------------------------------------------
 
-    def _balance(self):
-        """Scale attention's values against the layer that reads them, by a few images."""
-        readers = value_projections(self.model)
-        if not readers:
+    def _fold_heads(self):
+        """Make the channels of attention's heads alike, by a few images."""
+        if not free_heads(self.model):
             return
-        names = {module: name for name, module in self.model.named_modules()}
-        with observe(self.model, self.calibration['rows'], self.seed) as seen:
-            self._show(self.model, seen, images=_BALANCED_BY)
+        with observe(self.model, self.calibration['rows'], self.seed) as seen, \
+                AttendedValues(self.model) as attended:
+            self._show(self.model, seen, attended, images=_HEADS_FOLDED_BY)
         check_seen(seen)
-        folds = balance_values(self.model, {
-            name: seen.layers[name].rows.std(0) for name in (names[proj] for *_, proj in readers)
-            if seen.layers[name].rows is not None})
+        rows = {name: reservoir.rows for name, reservoir in seen.layers.items()
+                if reservoir.rows is not None}
+        folds = fold_heads(self.model, rows, attended.means)
         fold_alike(self.teacher, folds)
         self.folds.update(folds)
 

@@ -11,8 +11,8 @@ from ..modules import Matmul, QuantConv2d, QuantConvTranspose2d, QuantLinear, Qu
 from ..quantizers import QuantizerSpec, build_rounding
 from ..quantizers.spec import check_bits
 from ..registry import CONVERTERS, QUANTIZERS, ROUNDINGS, lookup
+from .head_folds import let_heads_fold
 from .mlp import give_gelu_quantizers
-from .reparam import let_values_balance
 
 # Predictors of mmdet's heads, two-stage and dense: the last layers of a detector.
 LAST_LAYERS = (
@@ -44,6 +44,9 @@ class QuantConfig:
             match wins, also over `first_last_bits`.
         reparam (bool): fold channel-wise post-LayerNorm scales into the weights.
         balance_values (bool): scale attention's values against the output projection.
+        centre_heads (bool): take the mean out of keys and values.
+        rotate_queries (bool): turn queries and keys within a head, so that no channel is
+            larger than others. See `head_folds`: all three are exact.
         integer_zero_point (bool): False leaves zero points unrounded after the fold, as
             published code does; for comparison only.
         move_padding (bool): False leaves the padding of windows at zero after the fold, as
@@ -64,6 +67,8 @@ class QuantConfig:
     overrides: list = field(default_factory=list)
     reparam: bool = True
     balance_values: bool = True
+    centre_heads: bool = True
+    rotate_queries: bool = True
     integer_zero_point: bool = True
     move_padding: bool = True
 
@@ -207,8 +212,7 @@ def convert(model, quant):
             census.append(record)
     if quant.post_gelu is not None:
         give_gelu_quantizers(model, quant.post_gelu)
-    if quant.balance_values:
-        let_values_balance(model)
+    let_heads_fold(model, quant)
     _check_patterns(quant, [record.name for record in census])
     return census
 

@@ -9,12 +9,13 @@ import torch
 from ..errors import UsageError
 from ..modules import QuantLayer
 from ..quantizers import Quantizer
+from .head_folds import BUFFERS
 from .manifest import UNREACHED
 
 # Buffers that the model computes by itself.
 DERIVED = re.compile(r'.*\.relative_position_index$')
 # Buffers that conversion adds: what folds move.
-MOVED = ('.pad_value', '.value_ratio')
+MOVED = ('.pad_value', *(f'.{name}' for name in BUFFERS))
 
 
 def check_float_values(own, state, path):

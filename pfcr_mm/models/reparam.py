@@ -3,9 +3,6 @@
 RepQ-ViT (arXiv 2212.08254), with two repairs: the zero point stays an integer,
 and the padding of attention windows moves along. Beyond it, the norms of a backbone's
 output maps fold into the 1x1 convolutions of the neck that read them.
-
-Attention's output is balanced against the output projection: that scales values and
-projection, so that one scale serves all its channels better.
 """
 from dataclasses import replace
 
@@ -14,7 +11,8 @@ from torch import nn
 
 from ..modules import QuantConv2d, QuantLinear
 from ..quantizers import build_quantizer
-from ..registry import MAP_READERS, OUTPUT_NORMS, POST_NORM, VALUE_PROJECTIONS
+from ..registry import MAP_READERS, OUTPUT_NORMS, POST_NORM
+from .head_folds import fold_heads_alike
 
 
 def post_norm_pairs(model):
@@ -94,61 +92,9 @@ def reparameterise(model):
     return folds
 
 
-def let_values_balance(model):
-    """Give the attentions of a converted model that `balance_values` serves their buffer.
-
-    `value_ratio` (C,) holds what values are divided by. Left out are those whose `proj` is
-    not quantized, and those that do more than hand the last third of what qkv gives to it.
-    """
-    for attention in model.modules():
-        find = VALUE_PROJECTIONS.find(attention)
-        if find is None or not VALUE_PROJECTIONS.same_forward(attention):
-            continue
-        qkv, proj = find(attention) or (None, None)
-        if _is_linear(qkv) and isinstance(proj, QuantLinear):
-            attention.register_buffer('value_ratio', torch.ones_like(proj.weight[0]))
-
-
-def _is_linear(layer):
-    return isinstance(layer, nn.Linear) and type(layer).forward in (
-        nn.Linear.forward, QuantLinear.forward)
-
-
-def value_projections(model):
-    """All (attention, qkv, proj) of a model whose values can be balanced."""
-    return [(attention, *VALUE_PROJECTIONS.find(attention)(attention))
-            for attention in model.modules() if hasattr(attention, 'value_ratio')]
-
-
-@torch.no_grad()
-def balance_values(model, sizes):
-    """Make the channels of attention's output more alike, exactly, before calibration.
-
-    With d the size of a channel, r = sqrt(d / mean d): values are divided by r, columns of
-    `proj` multiplied. The root leaves half of the spread to the weight (as SmoothQuant does
-    at alpha = 1/2, arXiv 2211.10438); all of it there costs more than it saves.
-
-    Args:
-        sizes (dict[str, Tensor]): sizes (C,) by the name of `proj`.
-
-    Returns:
-        dict[str, tuple[Tensor, Tensor]]: as `reparameterise`; shifts are zero.
-    """
-    names = {id(module): name for name, module in model.named_modules()}
-    folds = {}
-    for attention, qkv, proj in value_projections(model):
-        size = sizes.get(names[id(proj)])
-        if size is None or not size.mean() > 0:  # nor where it is no number: one row alone
-            continue
-        ratio = (size / size.mean()).clamp(min=1e-4).sqrt().to(proj.weight)
-        folds[names[id(proj)]] = ratio, torch.zeros_like(ratio)
-        _scale_values(attention, qkv, proj, ratio)
-    return folds
-
-
 @torch.no_grad()
 def fold_alike(twin, folds):
-    """Fold a float twin as `reparameterise` and `balance_values` folded its model.
+    """Fold a float twin as `fold_heads` and `reparameterise` folded its model.
 
     Its function stays; the maps that it hands from part to part then mean the same,
     number by number, as those of the model.
@@ -158,10 +104,7 @@ def fold_alike(twin, folds):
         folds (dict): what they returned.
     """
     names = {id(module): name for name, module in twin.named_modules()}
-    # in the model's order, for the same bits: values are balanced before norms are folded
-    for attention, qkv, proj in value_projections(twin):
-        if names[id(proj)] in folds:
-            _scale_values(attention, qkv, proj, folds[names[id(proj)]][0])
+    fold_heads_alike(twin, folds)  # first, as in the model: for the same bits
     for norm, layer, attention in post_norm_pairs(twin):
         if names[id(layer)] in folds:
             _fold(norm, layer, attention, *folds[names[id(layer)]])
@@ -175,12 +118,3 @@ def _fold(norm, layer, attention, ratio, shift):
     layer.bias.add_(layer.weight.flatten(1) @ shift)
     if attention is not None:
         attention.pad_value.div_(ratio).sub_(shift)
-
-
-def _scale_values(attention, qkv, proj, ratio):
-    ratio = ratio.to(proj.weight)
-    qkv.weight[-len(ratio):].div_(ratio[:, None])
-    if qkv.bias is not None:
-        qkv.bias[-len(ratio):].div_(ratio)
-    proj.weight.mul_(ratio)
-    attention.value_ratio.mul_(ratio)

@@ -5,7 +5,14 @@ import torch
 from mmdet.models.backbones.swin import ShiftWindowMSA, WindowMSA
 
 from ..modules import QuantMatmul
-from ..registry import CHAINS, CONVERTERS, OUTPUT_NORMS, POST_NORM, VALUE_PROJECTIONS
+from ..registry import (
+    CHAINS,
+    CONVERTERS,
+    OUTPUT_NORMS,
+    POST_NORM,
+    QUERY_KEYS,
+    VALUE_PROJECTIONS,
+)
 from .chain import Chain, Leaf, State
 from .convert import quantize_matmuls
 
@@ -142,6 +149,12 @@ def patch_merging_pairs(merging):
 def window_value_projection(attention):
     """(qkv, proj) of a window attention."""
     return attention.qkv, attention.proj
+
+
+@QUERY_KEYS.register(f'{__name__}.QuantWindowMSA')
+def window_query_keys(attention):
+    """(qkv, no tables): positions are added to the product."""
+    return attention.qkv, ()
 
 
 @OUTPUT_NORMS.register(f'{_SWIN}.SwinTransformer')

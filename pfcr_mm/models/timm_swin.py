@@ -10,10 +10,10 @@ from timm.models.swin_transformer import (
 from torch import nn
 
 from ..modules import QuantMatmul
-from ..registry import CHAINS, CONVERTERS, POST_NORM, VALUE_PROJECTIONS
+from ..registry import CHAINS, CONVERTERS, POST_NORM, QUERY_KEYS, VALUE_PROJECTIONS
 from .chain import Chain, Leaf, State
 from .convert import LayerRecord, quantize_matmuls
-from .swin import window_value_projection
+from .swin import window_query_keys, window_value_projection
 
 _SWIN = 'timm.models.swin_transformer'
 
@@ -120,6 +120,7 @@ def merging_pairs(merging):
 
 
 VALUE_PROJECTIONS.register(f'{__name__}.QuantTimmWindowAttention')(window_value_projection)
+QUERY_KEYS.register(f'{__name__}.QuantTimmWindowAttention')(window_query_keys)
 
 
 def _foldable(norm):

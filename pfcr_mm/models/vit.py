@@ -7,7 +7,7 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import nn
 
-from ..registry import CHAINS, CONVERTERS, POST_NORM, VALUE_PROJECTIONS
+from ..registry import CHAINS, CONVERTERS, POST_NORM, QUERY_KEYS, VALUE_PROJECTIONS
 from .backbones.attention import GridAttention, MatmulAttention
 from .chain import Chain, Leaf, State
 from .convert import LayerRecord, quantize_matmuls
@@ -53,12 +53,23 @@ def block_pairs(block):
     return pairs
 
 
-@VALUE_PROJECTIONS.register(
-    *(f'{cls.__module__}.{cls.__qualname__}' for cls in (MatmulAttention, GridAttention)))
+_ATTENTIONS = [f'{cls.__module__}.{cls.__qualname__}' for cls in (MatmulAttention, GridAttention)]
+
+
+@VALUE_PROJECTIONS.register(*_ATTENTIONS)
 def value_projection(attention):
     """(qkv, proj) of an attention, or None where a gate or a norm lies before `proj`."""
     plain = attention.gate is None and isinstance(attention.norm, nn.Identity)
     return (attention.qkv, attention.proj) if plain else None
+
+
+@QUERY_KEYS.register(*_ATTENTIONS)
+def query_keys(attention):
+    """(qkv, tables that queries meet besides keys), or None where norms lie between."""
+    if not all(isinstance(norm, nn.Identity) for norm in (attention.q_norm, attention.k_norm)):
+        return None
+    tables = (getattr(attention, name, None) for name in ('rel_pos_h', 'rel_pos_w'))
+    return attention.qkv, tuple(table for table in tables if table is not None)
 
 
 def _foldable(norm):

@@ -1,5 +1,6 @@
 """The method: units, schedule, calibration, optimisation, POS."""
 from . import guided_losses, losses  # noqa: F401  fill the table
+from .attended import AttendedValues
 from .calibrate import calibrate, observe
 from .faults import Faults
 from .fit_weights import MomentObserver, compensate_weights, not_fitted, round_weights
@@ -10,7 +11,8 @@ from .schedule import build_schedule, share_iterations, traversal_string
 from .units import LEVELS, Unit, units_of
 
 __all__ = [
-    'ChainReconstructor', 'Faults', 'LEVELS', 'MomentObserver', 'POSConfig', 'Stage', 'Unit',
-    'UnitConfig', 'UnitRecord', 'build_schedule', 'calibrate', 'compensate_weights', 'harden',
-    'not_fitted', 'observe', 'round_weights', 'share_iterations', 'traversal_string', 'units_of'
+    'AttendedValues', 'ChainReconstructor', 'Faults', 'LEVELS', 'MomentObserver', 'POSConfig',
+    'Stage', 'Unit', 'UnitConfig', 'UnitRecord', 'build_schedule', 'calibrate',
+    'compensate_weights', 'harden', 'not_fitted', 'observe', 'round_weights', 'share_iterations',
+    'traversal_string', 'units_of'
 ]

@@ -69,7 +69,8 @@ def test_passes_their_quantizers_and_their_images():
     loop.enter_final_stage(loop.model)
     learned = list(range(IMAGES - HELD_OUT))
     assert loop.passes == [
-        ('Observer', False, False, learned[:8]),  # sizes of values
+        ('Observer', False, False, learned[:8]),  # folds of heads
+        ('AttendedValues', False, False, learned[:8]),
         ('Observer', False, False, learned),
         ('MomentObserver', False, False, learned),
         ('Observer', False, True, learned),
@@ -105,7 +106,7 @@ def test_compensate_is_a_switch():
         loop.calibrate()
     plain, fitted = (weights(loop.model) for loop in ones)
     assert changed(plain, fitted) > {'backbone.blocks.0.attn.qkv', 'backbone.blocks.0.mlp.fc1'}
-    assert [p[0] for p in ones[0].passes] == ['Observer', 'Observer']
+    assert [p[0] for p in ones[0].passes] == ['Observer', 'AttendedValues', 'Observer']
 
 
 @pytest.mark.parametrize('reparam', [True, False], ids=['folded', 'not folded'])
@@ -141,8 +142,8 @@ def test_what_is_not_fitted_is_said(caplog):
     assert 'backbone.blocks.0.attn.qkv' not in caplog.text
 
 
-def test_few_images_balance(monkeypatch):
-    monkeypatch.setattr(calibrating, '_BALANCED_BY', 3)
+def test_few_images_fold_heads(monkeypatch):
+    monkeypatch.setattr(calibrating, '_HEADS_FOLDED_BY', 3)
     loop = Loop()
     loop.calibrate()
     assert loop.passes[0] == ('Observer', False, False, [0, 1, 2])

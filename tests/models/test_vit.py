@@ -20,10 +20,11 @@ from pfcr_mm.models.checkpoint import (
     save_quantized,
 )
 from pfcr_mm.models.fit import MOVED
-from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs, value_projections
+from pfcr_mm.models.head_folds import fold_heads, free_heads
+from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs
 from pfcr_mm.models.vit import classifier_chain
 from pfcr_mm.modules import QuantLayer, quantizers_of, set_quantization
-from pfcr_mm.reconstruction import calibrate, harden, observe
+from pfcr_mm.reconstruction import AttendedValues, calibrate, harden, observe
 from pfcr_mm.registry import CHAINS
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -263,6 +264,22 @@ def test_folding_a_classifier(kwargs, pairs):
     assert ((root(x) - expected).abs().max() / expected.abs().max()).item() < 1e-5
 
 
+def test_heads_fold_exactly_with_tables_of_positions(build_vit, images):
+    """Queries meet tables besides keys; windows are padded."""
+    model = build_vit(weight_bits=4, activation_bits=4).double()
+    tables = [p for name, p in model.named_parameters() if 'rel_pos' in name]
+    for seed, table in enumerate(tables):
+        table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)))
+    x = images[1][0].double()
+    expected = model.backbone(x)
+    with observe(model, 4096) as seen, AttendedValues(model) as attended:
+        model.backbone(x)
+    folds = fold_heads(model, {
+        name: r.rows for name, r in seen.layers.items() if r.rows is not None}, attended.means)
+    assert len(folds) == DEPTH and len(tables) == 2 * DEPTH
+    assert worst(model.backbone(x), expected) < 1e-10
+
+
 def test_a_gated_attention_keeps_its_norm():
     """The norm's output also goes into the gate, and the gate into `proj`'s input."""
     model = classifier()
@@ -270,13 +287,19 @@ def test_a_gated_attention_keeps_its_norm():
     root = nn.Sequential(model)
     convert(root, QuantConfig())
     assert len(post_norm_pairs(root)) == 3
-    assert [attention for attention, _, _ in value_projections(root)] == [model.blocks[1].attn]
+    assert [free.proj for free in free_heads(root).values()] == [None, model.blocks[1].attn.proj]
 
 
 def test_a_norm_before_proj_keeps_the_values():
     root = nn.Sequential(classifier(scale_attn_norm=True))
     convert(root, QuantConfig())
-    assert value_projections(root) == []
+    assert [free.proj for free in free_heads(root).values()] == [None, None]
+
+
+def test_norms_of_queries_and_keys_keep_them():
+    root = nn.Sequential(classifier(qk_norm=True))
+    convert(root, QuantConfig())
+    assert [free.tables for free in free_heads(root).values()] == [None, None]
 
 
 # --- statistics ---------------------------------------------------------------

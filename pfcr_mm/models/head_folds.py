@@ -1,0 +1,209 @@
+"""What an attention leaves free, used to make one scale serve all channels of a head.
+
+softmax(q k^T) v, read by the output projection, stays what it is where, in each head,
+
+- keys lose a vector that all of them share: softmax does not see it;
+- values lose one, and the projection's bias takes it: weights of attention sum to one;
+- channels of the values are divided by r, columns of the projection multiplied;
+- queries and keys are turned by the same orthogonal matrix.
+
+Turned by a Hadamard matrix, a large channel is spread over all (QuaRot, arXiv 2404.00456;
+head by head: GLF-Q). Values could be turned, too, and are not: their weights lose by it what
+they gain. The folds are made once, before calibration, from a few images.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..modules import QuantLinear, QuantMatmul
+from ..registry import QUERY_KEYS, VALUE_PROJECTIONS
+
+# Buffers of an attention that say what was folded; neutral in a float model.
+BUFFERS = ('key_mean', 'value_mean', 'value_ratio', 'turned')
+
+
+@dataclass
+class FreeHeads:
+    """An attention and what of it may be folded.
+
+    Args:
+        attention (nn.Module): with `num_heads`, and the `BUFFERS` that the config asks for.
+        qkv (nn.Linear): queries, keys and values, a third of its outputs each, by heads.
+        tables (tuple | None): Parameters (L, channels of a head) that queries are multiplied
+            with besides keys; None where queries and keys have to stay.
+        proj (QuantLinear | None): what reads the values; None where values have to stay.
+    """
+
+    attention: nn.Module
+    qkv: nn.Module
+    tables: tuple | None
+    proj: nn.Module | None
+
+    def third(self, tensor, which):
+        """A view of the rows of q (0), k (1) or v (2)."""
+        return tensor.chunk(3)[which]
+
+    def by_head(self, tensor):
+        """A view (heads, channels, ...) of a third."""
+        return tensor.unflatten(0, (self.attention.num_heads, -1))
+
+
+def let_heads_fold(model, quant):
+    """Give the attentions of a converted model the buffers that `quant` has a use for."""
+    for module in model.modules():
+        found = _freedom(module)
+        if found is None:
+            continue
+        width = found.qkv.weight.new_zeros(found.qkv.out_features // 3)
+        if quant.centre_heads and found.tables is not None:
+            module.register_buffer('key_mean', width.clone())
+        if quant.centre_heads and found.proj is not None:
+            module.register_buffer('value_mean', width.clone())
+        if quant.balance_values and found.proj is not None:
+            module.register_buffer('value_ratio', width + 1)
+        if quant.rotate_queries and found.tables is not None:
+            module.register_buffer('turned', width.new_zeros(()))
+
+
+def _freedom(module):
+    tables = qkv = proj = None
+    find = QUERY_KEYS.find(module)
+    if find is not None and QUERY_KEYS.same_forward(module) \
+            and isinstance(getattr(module, 'matmul_qk', None), QuantMatmul):
+        qkv, tables = find(module) or (None, None)
+    find = VALUE_PROJECTIONS.find(module)
+    if find is not None and VALUE_PROJECTIONS.same_forward(module):
+        values, proj = find(module) or (None, None)
+        if isinstance(proj, QuantLinear) and _is_linear(values):
+            qkv = values
+        else:
+            proj = None
+    if not _is_linear(qkv) or (tables is None and proj is None):
+        return None
+    return FreeHeads(module, qkv, tables, proj)
+
+
+def _is_linear(layer):
+    return isinstance(layer, nn.Linear) and type(layer).forward in (
+        nn.Linear.forward, QuantLinear.forward)
+
+
+def free_heads(model):
+    """All `FreeHeads` of a model by the name of their attention."""
+    return {name: _freedom(module) for name, module in model.named_modules()
+            if any(hasattr(module, key) for key in BUFFERS)}
+
+
+@torch.no_grad()
+def fold_heads(model, rows, attended=None):
+    """Fold every attention of a float model, exactly, before calibration.
+
+    Keys lose their mean, values what they are where attention attends (`AttendedValues`): so
+    the errors of its weights, relative to them, hurt the least. With d the deviation of a
+    channel of attention's output, r = sqrt(d / mean d): the root leaves half of the spread to
+    the weight (as SmoothQuant does at alpha = 1/2, arXiv 2211.10438); all of it there costs
+    more than it saves.
+
+    Args:
+        rows (dict[str, Tensor]): a sample (n, channels) of each layer's inputs, by its name;
+            what is not there, of a layer that is not quantized or not reached, is not folded
+            by.
+        attended (dict[str, Tensor] | None): means (C,) of the values, by attention; without
+            them values keep theirs.
+
+    Returns:
+        dict[str, dict[str, Tensor]]: what was folded, see `BUFFERS`, by attention.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    folds = {}
+    for name, free in free_heads(model).items():
+        inputs, outputs = (rows.get(names.get(layer)) for layer in (free.qkv, free.proj))
+        if inputs is None and outputs is None:
+            continue
+        fold = {key: getattr(free.attention, key).clone() for key in BUFFERS
+                if hasattr(free.attention, key)}
+        if 'key_mean' in fold and inputs is not None and free.qkv.bias is not None:
+            layer = (free.third(free.qkv.weight, 1), free.third(free.qkv.bias, 1))
+            fold['key_mean'] = nn.functional.linear(inputs.mean(0).to(layer[0]), *layer)
+        if outputs is not None:
+            if 'value_mean' in fold and name in (attended or {}) and None not in (
+                    free.qkv.bias, free.proj.bias):
+                fold['value_mean'] = attended[name].to(free.proj.weight)
+            size = outputs.std(0)
+            if 'value_ratio' in fold and size.mean() > 0:  # nor where it is no number: one row
+                fold['value_ratio'] = (size / size.mean()).clamp(min=1e-4).sqrt().to(
+                    free.proj.weight)
+        if 'turned' in fold:
+            fold['turned'] += 1
+        _fold(free, fold)
+        folds[name] = fold
+    return folds
+
+
+def fold_heads_alike(twin, folds):
+    """Fold a float twin, built alike, as `fold_heads` folded its model."""
+    for name, free in free_heads(twin).items():
+        if name in folds:
+            _fold(free, folds[name])
+
+
+@torch.no_grad()
+def _fold(free, fold):
+    attention, qkv, proj = free.attention, free.qkv, free.proj
+    if qkv.bias is not None and 'key_mean' in fold:
+        free.third(qkv.bias, 1).sub_(fold['key_mean'].to(qkv.bias))
+    if 'turned' in fold and fold['turned'] > 0:
+        turn = hadamard(qkv.out_features // 3 // attention.num_heads).to(qkv.weight)
+        for which in (0, 1):
+            _turn_outputs(free, which, turn)
+        for table in free.tables:
+            table.copy_(table @ turn)
+    if 'value_mean' in fold and None not in (qkv.bias, proj.bias):
+        mean = fold['value_mean'].to(proj.weight)
+        free.third(qkv.bias, 2).sub_(mean)
+        proj.bias.add_(proj.weight @ mean)
+    if 'value_ratio' in fold:
+        ratio = fold['value_ratio'].to(proj.weight)
+        free.third(qkv.weight, 2).div_(ratio[:, None])
+        if qkv.bias is not None:
+            free.third(qkv.bias, 2).div_(ratio)
+        proj.weight.mul_(ratio)
+    for key, value in fold.items():
+        getattr(attention, key).copy_(value)
+
+
+def _turn_outputs(free, which, turn):
+    """Turn what a third of qkv gives, head by head: rows x become x @ turn."""
+    weight = free.by_head(free.third(free.qkv.weight, which))
+    weight.copy_(turn.T @ weight)
+    if free.qkv.bias is not None:
+        bias = free.by_head(free.third(free.qkv.bias, which))
+        bias.copy_(bias @ turn)
+
+
+def hadamard(size):
+    """An orthogonal matrix whose entries are alike in size.
+
+    Sylvester's Hadamard matrix where `size` is a power of two; its product with a cosine
+    transform (DCT-II) of the odd factor elsewhere.
+
+    Returns:
+        Tensor: (size, size), float64.
+
+    Example:
+        >>> hadamard(2) * 2**0.5
+        tensor([[ 1.,  1.],
+                [ 1., -1.]], dtype=torch.float64)
+    """
+    odd = size
+    while odd % 2 == 0:
+        odd //= 2
+    place = torch.arange(odd, dtype=torch.float64)
+    matrix = torch.cos(math.pi / odd * place[:, None] * (place + 0.5)) * math.sqrt(2 / odd)
+    matrix[0] /= math.sqrt(2)
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / math.sqrt(2)
+    while len(matrix) < size:
+        matrix = torch.kron(pair, matrix)
+    return matrix
