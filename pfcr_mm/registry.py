@@ -83,10 +83,14 @@ class TypeTable:
         return None
 
     def same_forward(self, module):
-        """Whether `module` computes what the registered class does: no forward of its own."""
+        """Whether `module` computes what the registered class does.
+
+        That is, it has no `forward` of its own, nor an `attend` that `forward` would call.
+        """
         for cls in type(module).__mro__:
             if f'{cls.__module__}.{cls.__qualname__}' in self._functions:
-                return type(module).forward is cls.forward
+                return all(getattr(type(module), name, None) is getattr(cls, name, None)
+                           for name in ('forward', 'attend'))
         return False
 
 

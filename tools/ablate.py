@@ -16,7 +16,7 @@ may name its values: `pos=off,quantizer`. Axes and values:
     softmax     log2, log_sqrt2, adalog, uniform
     gelu        adalog, uniform (quantizer of what comes from a GELU)
     values      balanced, plain (attention's values against the output projection)
-    queries     turned, plain (with keys, within a head)
+    heads       turned, plain (queries, keys and values within a head)
     means       centred, plain (keys and values)
     padding     moved, zero (as published code has it; needs windows that are padded)
     zero_point  integer, fractional (as published code has it)
@@ -43,8 +43,8 @@ from pfcr_mm.engine.metrics import titles
 from pfcr_mm.errors import UsageError
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
-GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'queries', 'means',
-        'padding', 'zero_point')
+GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'heads', 'means', 'padding',
+        'zero_point')
 STATES = (('', 'quantized'), ('float_', 'float'), ('calibrated_', 'calibrated'))
 
 
@@ -134,7 +134,7 @@ AXES = dict(
     softmax=Axis('model.quant.softmax.kind', ['log2', 'log_sqrt2', 'adalog', 'uniform']),
     gelu=Axis('model.quant.post_gelu.kind', ['adalog', 'uniform']),
     values=Axis('model.quant.balance_values', dict(balanced=True, plain=False)),
-    queries=Axis('model.quant.rotate_queries', dict(turned=True, plain=False)),
+    heads=Axis('model.quant.rotate_heads', dict(turned=True, plain=False)),
     means=Axis('model.quant.centre_heads', dict(centred=True, plain=False)),
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),
@@ -143,7 +143,7 @@ AXES = dict(
 DEFAULTS = {
     'model.quant.rounding': 'latent', 'model.quant.softmax.kind': 'log2',
     'model.quant.post_gelu.kind': 'adalog', 'model.quant.balance_values': True,
-    'model.quant.rotate_queries': True, 'model.quant.centre_heads': True,
+    'model.quant.rotate_heads': True, 'model.quant.centre_heads': True,
     'model.quant.move_padding': True, 'model.quant.integer_zero_point': True,
     'quantize_cfg.reconstruction.loss': 'channel_mse'}
 

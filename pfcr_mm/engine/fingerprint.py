@@ -2,6 +2,8 @@
 import hashlib
 import json
 
+from ..models import QuantConfig
+
 # What says where and how a run is made, and not what is run.
 _CIRCUMSTANCES = ('work_dir', 'launcher', 'resume', 'trust_checkpoint', 'log_level',
                   'log_processor', 'visualizer', 'vis_backends', 'quantize_hooks',
@@ -16,6 +18,10 @@ def fingerprint(cfg):
         cfg (Config): whole, as the runner gets it; the seed is one of its keys.
     """
     content = {k: v for k, v in cfg.to_dict().items() if k not in _CIRCUMSTANCES}
+    if isinstance(content.get('model'), dict) and isinstance(content['model'].get('quant'), dict):
+        # with what it leaves to the code, which may have changed since a result was made
+        quant = QuantConfig.from_dict(content['model']['quant']).as_dict()
+        content['model'] = {**content['model'], 'quant': quant}
     if content.get('quantize_cfg'):
         content['quantize_cfg'] = {k: v for k, v in content['quantize_cfg'].items()
                                    if k not in _OF_THE_LOOP}

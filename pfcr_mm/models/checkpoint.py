@@ -24,9 +24,9 @@ _ASSET_SCHEME = 'pfcr_mm://'
 _TIMM_SCHEME = 'timm://'
 # Keys of `quant` that say, beside the bits, what codes and scales mean, and what is folded.
 _MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'post_gelu',
-            'matmul_granularity', 'balance_values', 'centre_heads', 'rotate_queries')
+            'matmul_granularity', 'balance_values', 'centre_heads', 'rotate_heads')
 # What files say that are older than a key.
-_BEFORE = dict(balance_values=False, centre_heads=False, rotate_queries=False)
+_BEFORE = dict(balance_values=False, centre_heads=False, rotate_heads=False)
 
 
 def read_checkpoint(path, trust=False, check=None):
@@ -175,6 +175,10 @@ def check_quantized(detector, checkpoint, path):
 def check_manifest(detector, manifest, path='the checkpoint'):
     """Raise UsageError unless `detector` has the layers, bits and quantizers of the manifest."""
     own = detector.quant_config.as_dict()
+    older = [key for key in _BEFORE if key not in manifest['quant'] and own[key] != _BEFORE[key]]
+    if older:
+        options = ' '.join(f'model.quant.{key}={_BEFORE[key]}' for key in older)
+        raise UsageError(f'{path} is older than quant.{older[0]}; load it with {options}')
     for key in _MEANING:
         saved = manifest['quant'].get(key, _BEFORE.get(key))
         if saved != own[key]:

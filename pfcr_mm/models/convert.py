@@ -45,8 +45,8 @@ class QuantConfig:
         reparam (bool): fold channel-wise post-LayerNorm scales into the weights.
         balance_values (bool): scale attention's values against the output projection.
         centre_heads (bool): take the mean out of keys and values.
-        rotate_queries (bool): turn queries and keys within a head, so that no channel is
-            larger than others. See `head_folds`: all three are exact.
+        rotate_heads (bool): turn queries, keys and values within a head, so that no channel
+            is larger than others. See `head_folds`: all three are exact.
         integer_zero_point (bool): False leaves zero points unrounded after the fold, as
             published code does; for comparison only.
         move_padding (bool): False leaves the padding of windows at zero after the fold, as
@@ -68,7 +68,7 @@ class QuantConfig:
     reparam: bool = True
     balance_values: bool = True
     centre_heads: bool = True
-    rotate_queries: bool = True
+    rotate_heads: bool = True
     integer_zero_point: bool = True
     move_padding: bool = True
 

@@ -5,11 +5,10 @@ softmax(q k^T) v, read by the output projection, stays what it is where, in each
 - keys lose a vector that all of them share: softmax does not see it;
 - values lose one, and the projection's bias takes it: weights of attention sum to one;
 - channels of the values are divided by r, columns of the projection multiplied;
-- queries and keys are turned by the same orthogonal matrix.
+- queries and keys, or values and columns, are turned by the same orthogonal matrix.
 
 Turned by a Hadamard matrix, a large channel is spread over all (QuaRot, arXiv 2404.00456;
-head by head: GLF-Q). Values could be turned, too, and are not: their weights lose by it what
-they gain. The folds are made once, before calibration, from a few images.
+head by head: GLF-Q). The folds are made once, before calibration, from a few images.
 """
 import math
 from dataclasses import dataclass
@@ -63,7 +62,7 @@ def let_heads_fold(model, quant):
             module.register_buffer('value_mean', width.clone())
         if quant.balance_values and found.proj is not None:
             module.register_buffer('value_ratio', width + 1)
-        if quant.rotate_queries and found.tables is not None:
+        if quant.rotate_heads:
             module.register_buffer('turned', width.new_zeros(()))
 
 
@@ -92,8 +91,9 @@ def _is_linear(layer):
 
 def free_heads(model):
     """All `FreeHeads` of a model by the name of their attention."""
-    return {name: _freedom(module) for name, module in model.named_modules()
-            if any(hasattr(module, key) for key in BUFFERS)}
+    found = {name: _freedom(module) for name, module in model.named_modules()
+             if any(key in module._buffers for key in BUFFERS)}
+    return {name: free for name, free in found.items() if free is not None}
 
 
 @torch.no_grad()
@@ -120,8 +120,6 @@ def fold_heads(model, rows, attended=None):
     folds = {}
     for name, free in free_heads(model).items():
         inputs, outputs = (rows.get(names.get(layer)) for layer in (free.qkv, free.proj))
-        if inputs is None and outputs is None:
-            continue
         fold = {key: getattr(free.attention, key).clone() for key in BUFFERS
                 if hasattr(free.attention, key)}
         if 'key_mean' in fold and inputs is not None and free.qkv.bias is not None:
@@ -151,36 +149,60 @@ def fold_heads_alike(twin, folds):
 
 @torch.no_grad()
 def _fold(free, fold):
-    attention, qkv, proj = free.attention, free.qkv, free.proj
-    if qkv.bias is not None and 'key_mean' in fold:
-        free.third(qkv.bias, 1).sub_(fold['key_mean'].to(qkv.bias))
-    if 'turned' in fold and fold['turned'] > 0:
-        turn = hadamard(qkv.out_features // 3 // attention.num_heads).to(qkv.weight)
-        for which in (0, 1):
-            _turn_outputs(free, which, turn)
-        for table in free.tables:
-            table.copy_(table @ turn)
-    if 'value_mean' in fold and None not in (qkv.bias, proj.bias):
-        mean = fold['value_mean'].to(proj.weight)
-        free.third(qkv.bias, 2).sub_(mean)
-        proj.bias.add_(proj.weight @ mean)
+    """Take what is folded back, and fold anew. Sums in double, whatever the device makes faster."""
+    now = {key: getattr(free.attention, key).double() for key in fold}
+    new = {key: value.to(free.qkv.weight.device).double() for key, value in fold.items()}
+    size = free.qkv.out_features // 3 // free.attention.num_heads
+    turn = hadamard(size).to(free.qkv.weight.device)
+    if now.get('turned', 0) > 0:
+        _turn(free, turn.T)
     if 'value_ratio' in fold:
-        ratio = fold['value_ratio'].to(proj.weight)
-        free.third(qkv.weight, 2).div_(ratio[:, None])
-        if qkv.bias is not None:
-            free.third(qkv.bias, 2).div_(ratio)
-        proj.weight.mul_(ratio)
+        _divide_values(free, 1 / now['value_ratio'])
+    for sign, means in ((-1, now), (1, new)):
+        _centre(free, sign, means)
+    if 'value_ratio' in fold:
+        _divide_values(free, new['value_ratio'])
+    if new.get('turned', 0) > 0:
+        _turn(free, turn)
     for key, value in fold.items():
-        getattr(attention, key).copy_(value)
+        getattr(free.attention, key).copy_(value)
+
+
+def _centre(free, sign, means):
+    qkv, proj = free.qkv, free.proj
+    if 'key_mean' in means and qkv.bias is not None:
+        free.third(qkv.bias, 1).sub_(sign * means['key_mean'])
+    if 'value_mean' in means and None not in (qkv.bias, proj.bias):
+        free.third(qkv.bias, 2).sub_(sign * means['value_mean'])
+        proj.bias.add_(sign * (proj.weight.double() @ means['value_mean']))
+
+
+def _divide_values(free, ratio):
+    free.third(free.qkv.weight, 2).div_(ratio[:, None])
+    if free.qkv.bias is not None:
+        free.third(free.qkv.bias, 2).div_(ratio)
+    free.proj.weight.mul_(ratio)
+
+
+def _turn(free, turn):
+    if free.tables is not None:
+        _turn_outputs(free, 0, turn)
+        _turn_outputs(free, 1, turn)
+        for table in free.tables:
+            table.copy_(table.double() @ turn)
+    if free.proj is not None:
+        _turn_outputs(free, 2, turn)
+        columns = free.proj.weight.unflatten(1, (free.attention.num_heads, -1))
+        columns.copy_(columns.double() @ turn)
 
 
 def _turn_outputs(free, which, turn):
     """Turn what a third of qkv gives, head by head: rows x become x @ turn."""
     weight = free.by_head(free.third(free.qkv.weight, which))
-    weight.copy_(turn.T @ weight)
+    weight.copy_(turn.T @ weight.double())
     if free.qkv.bias is not None:
         bias = free.by_head(free.third(free.qkv.bias, which))
-        bias.copy_(bias @ turn)
+        bias.copy_(bias.double() @ turn)
 
 
 def hadamard(size):

@@ -28,7 +28,8 @@ class AttendedValues:
         self._handles = [
             free.attention.matmul_av.register_forward_pre_hook(self._see(name))
             for name, free in free_heads(self.model).items()
-            if isinstance(getattr(free.attention, 'matmul_av', None), QuantMatmul)]
+            if hasattr(free.attention, 'value_mean')
+            and isinstance(getattr(free.attention, 'matmul_av', None), QuantMatmul)]
         return self
 
     def __exit__(self, error, *_):
@@ -43,7 +44,8 @@ class AttendedValues:
 
     @property
     def means(self):
-        """dict[str, Tensor]: (C,), heads in turn, by the name of each attention that ran."""
+        """dict[str, Tensor]: (C,), heads in turn, by the name of each attention whose values
+        can be centred, and that ran."""
         return {name: (values / weights.clamp(min=1e-30)).flatten().float()
                 for name, (values, weights) in self._sums.items() if torch.is_tensor(weights)}
 

@@ -13,20 +13,27 @@ from torch import nn
 from pfcr_mm.analysis.twins import align
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models import QuantConfig, convert
+from pfcr_mm.models.backbones.attention import MatmulAttention
 from pfcr_mm.models.checkpoint import (
     load_quantized,
     manifest_of,
     read_checkpoint,
     save_quantized,
 )
-from pfcr_mm.models.head_folds import BUFFERS, fold_heads, free_heads, hadamard
+from pfcr_mm.models.head_folds import (
+    BUFFERS,
+    fold_heads,
+    free_heads,
+    hadamard,
+    let_heads_fold,
+)
 from pfcr_mm.models.reparam import fold_alike
 from pfcr_mm.modules import QuantMatmul, set_quantization
 from pfcr_mm.reconstruction import AttendedValues, calibrate, harden, observe
 
 KINDS = list(ARGS)
 BITS = dict(weight_bits=4, activation_bits=4)
-OFF = dict(balance_values=False, centre_heads=False, rotate_queries=False)
+OFF = dict(balance_values=False, centre_heads=False, rotate_heads=False)
 
 
 def unequal(kind, **quant):
@@ -131,15 +138,14 @@ def test_centre_by_hand():
 
 
 def test_turn_by_hand():
-    """A pair (a, b) becomes (a + b, a - b) / sqrt 2: of q and of k."""
-    root, qkv, proj = two_channels(rotate_queries=True)
+    """A pair (a, b) becomes (a + b, a - b) / sqrt 2: of q, of k, of v, of proj's columns."""
+    root, qkv, proj = two_channels(rotate_heads=True)
     assert fold_heads(root, ROWS)['0'] == {'turned': 1}
     root2 = 2**0.5
-    assert (qkv.weight[:4] * root2).flatten().tolist() == pytest.approx(
-        [4, 6, -2, -2, 12, 14, -2, -2])
-    assert (qkv.bias[:4] * root2).tolist() == pytest.approx([3, -1, 7, -1])
-    assert qkv.weight[4:].flatten().tolist() == [9, 10, 11, 12] and qkv.bias[4:].tolist() == [5, 6]
-    assert proj.weight.flatten().tolist() == [5, 7, 1, -1]
+    assert (qkv.weight * root2).flatten().tolist() == pytest.approx(
+        [4, 6, -2, -2, 12, 14, -2, -2, 20, 22, -2, -2])
+    assert (qkv.bias * root2).tolist() == pytest.approx([3, -1, 7, -1, 11, -1])
+    assert (proj.weight * root2).flatten().tolist() == pytest.approx([12, -2, 0, 2])
     assert proj.bias.tolist() == [1, 2]
 
 
@@ -246,8 +252,21 @@ def attention_errors(kind, method, **quant):
 @pytest.mark.parametrize('kind', KINDS)
 def test_less_error_where_channels_are_unequal(kind):
     plain, turned, ours = (sum(attention_errors(kind, 'mse', **quant)) for quant in (
-        OFF, {**OFF, 'rotate_queries': True}, {}))
+        OFF, {**OFF, 'rotate_heads': True}, {}))
     assert turned < 0.9 * plain and ours < 0.7 * plain
+
+
+def test_an_attention_of_its_own_is_left_alone():
+    """Centred values would be wrong where rows of attention do not sum to one."""
+    class Sink(MatmulAttention):
+        def attend(self, x, position_bias=None, valid=None):
+            return super().attend(x, position_bias, valid) / 2
+
+    model = build_classifier('vit', **BITS, **OFF)
+    for block in model.backbone.blocks:
+        block.attn.__class__ = Sink
+    let_heads_fold(model, QuantConfig(**BITS))
+    assert free_heads(model) == {}
 
 
 def test_switched_off():
@@ -259,7 +278,7 @@ def test_switched_off():
 
 @pytest.mark.parametrize('excluded, keys, values', [
     ('*.attn.proj', True, False), ('*.attn.qkv', True, True), ('*.matmul_av', True, True),
-    ('*.matmul_qk', False, True)])
+    ('*.matmul_qk', False, True), ('*.attn.[pq]*', True, False)])
 def test_what_is_not_quantized(excluded, keys, values):
     """What reads float operands gains nothing; a float qkv or product of values is no hindrance."""
     model, x = unequal('vit', exclude=[excluded])
@@ -270,14 +289,18 @@ def test_what_is_not_quantized(excluded, keys, values):
     assert worst([model(x)], [expected]) < 1e-5
 
 
-def test_without_biases():
+@pytest.mark.parametrize('exclude', [[], ['*.attn.qkv']])
+def test_without_biases(exclude):
+    """A quantized qkv behind a norm is given one; one that stays float is not."""
     args = dict(ARGS['vit'], timm_args=dict(
         ARGS['vit']['timm_args'], qkv_bias=False, proj_bias=False))
     model = MODELS.build(dict(
-        type='pfcr_mm.QuantDetector', arch='pfcr_mm.TimmClassifier', quant=BITS, **args))
+        type='pfcr_mm.QuantDetector', arch='pfcr_mm.TimmClassifier',
+        quant=dict(BITS, exclude=exclude), **args))
     model.requires_grad_(False)
     x = pictures('vit')
     expected = model.eval()(x)
+    assert {free.qkv.bias is None for free in free_heads(model).values()} == {bool(exclude)}
     assert len(fold(model, x)) == 4
     assert worst([model(x)], [expected]) < 1e-5
 
@@ -343,8 +366,29 @@ def test_a_file_that_is_older_than_the_keys(tmp_path):
     fresh = build_classifier('vit', seed=1, **BITS, **OFF)
     load_quantized(fresh, checkpoint, path)
     assert torch.equal(fresh(pictures('vit')), model(pictures('vit')))
-    with pytest.raises(UsageError, match=r'quant\.balance_values=False, the config says True'):
+    with pytest.raises(UsageError, match=(
+            'is older than quant.balance_values; load it with model.quant.balance_values=False '
+            'model.quant.centre_heads=False model.quant.rotate_heads=False')):
         load_quantized(build_classifier('vit', **BITS), checkpoint, path)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_twin_goes_from_one_fold_to_another(kind):
+    first, x = unequal(kind)
+    second, twin = copy.deepcopy(first), copy.deepcopy(first)
+    fold(first, x)
+    fold(second, pictures(kind, seed=1)[:1])
+    assert worst([first.state_dict()[key] for key in first.state_dict() if 'key_mean' in key],
+                 [second.state_dict()[key] for key in second.state_dict() if 'key_mean' in key]
+                 ) > 0.01
+    before = twin(x)
+    for model in (first, second, first):
+        align(twin, model)
+        assert worst([twin(x)], [before]) < 1e-5
+        for own, other in zip(free_heads(twin).values(), free_heads(model).values()):
+            for ours, theirs in ((own.qkv, other.qkv), (own.proj, other.proj)):
+                assert worst([ours.weight], [theirs.weight]) < 1e-5
+                assert worst([ours.bias], [theirs.bias]) < 1e-5
 
 
 def test_a_twin_of_a_loaded_checkpoint_is_folded_alike(saved):

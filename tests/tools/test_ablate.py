@@ -67,7 +67,7 @@ def test_columns(grid):
     _, rows, _ = grid('--grid', 'bits=w4a4,w3a3', '--seeds', 1)
     assert list(rows[0]) == [
         'config', 'method', 'bits', 'units', 'pos', 'loss', 'rounding', 'softmax', 'gelu',
-        'values', 'queries', 'means', 'padding', 'zero_point', 'traversal', 'seed', 'top1', 'top5',
+        'values', 'heads', 'means', 'padding', 'zero_point', 'traversal', 'seed', 'top1', 'top5',
         'float_top1', 'float_top5', 'calibrated_top1', 'calibrated_top5', 'iterations', 'seconds']
     assert [r['bits'] for r in rows] == ['w4a4', 'w3a3']
     assert (rows[0]['top1'], rows[0]['float_top1'], rows[0]['calibrated_top1']) == (
@@ -136,7 +136,7 @@ def test_the_default_grid_of_a_detector(grid, capsys):
     # units x POS, and each other axis around the config
     assert len(lines) == len(set(lines)) == 6 * 4 + 3 + 1 + 3 + 1 + 1 + 1 + 1 + 1 + 1
     assert 'units-leaf..pair_pos-unit seed 0' in lines and 'padding-zero seed 0' in lines
-    assert {'values-plain seed 0', 'queries-plain seed 0', 'means-plain seed 0'} <= set(lines)
+    assert {'values-plain seed 0', 'heads-plain seed 0', 'means-plain seed 0'} <= set(lines)
     assert 'base seed 0' in lines
 
 

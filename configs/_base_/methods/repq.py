@@ -4,7 +4,7 @@ model = dict(
     quant=dict(
         rounding='nearest', softmax=dict(kind='log_sqrt2', granularity='tensor'),
         post_gelu=dict(kind='uniform'), matmul_granularity='tensor', balance_values=False,
-        centre_heads=False, rotate_queries=False))
+        centre_heads=False, rotate_heads=False))
 quantize_cfg = dict(
     calibration=dict(method='percentile', compensate=None, feed_back=False),
     levels=[], head_levels=[], pos=dict(mode='off'))
