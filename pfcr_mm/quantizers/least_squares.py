@@ -8,6 +8,7 @@ import torch
 from .search import on_uniform_grid
 
 _BLOCK = 64  # columns whose errors reach what is behind them at once
+_FACTORS = (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1)
 
 
 def compensate(weight, gram, cross, strength):
@@ -65,12 +66,41 @@ def feed_back(weight, scale, zero_point, spec, gram, damping=0.01):
         moved[:, start + _BLOCK:] -= errors @ inner[:, start + _BLOCK:]
     found = torch.empty_like(moved)
     found[:, order] = moved
+    old, new = (_cost(w, weight, scale, zero_point, spec, gram) for w in (weight, found))
+    return torch.where((new < old)[:, None], found, weight)
 
-    def cost(candidate):
-        error = on_uniform_grid(candidate, scale[:, None], zero_point[:, None], spec) - weight
-        return ((error @ gram) * error).sum(1)
 
-    return torch.where((cost(found) < cost(weight))[:, None], found, weight)
+def feed_back_scaled(weight, scale, zero_point, spec, gram):
+    """`feed_back`, and for each scale the multiple of it with which least is lost.
+
+    A scale that was found for rounding to nearest is too large where errors make up for each
+    other: what is clipped can be made up for, too.
+
+    Args:
+        weight, zero_point, spec, gram: as there.
+        scale (Tensor): of the quantizer (scales,); each is that of as many rows in turn.
+        zero_point (Tensor): likewise.
+
+    Returns:
+        tuple[Tensor, Tensor]: the moved weight, in double; the scales.
+    """
+    weight, shared, count = weight.double(), len(weight) // len(scale), len(_FACTORS)
+    scales = torch.tensor(_FACTORS, dtype=scale.dtype, device=scale.device)[:, None] * scale
+    # rows know nothing of each other, so all multiples are tried at once
+    rows = [v.double().repeat_interleave(shared) for v in (
+        scales.flatten(), zero_point.repeat(count))]
+    moved = feed_back(weight.repeat(count, 1), *rows, spec, gram)
+    cost = _cost(moved, weight.repeat(count, 1), *rows, spec, gram)
+    best = cost.view(count, len(scale), shared).sum(-1).argmin(0)  # (scales,)
+    each = torch.arange(len(scale), device=best.device)
+    moved = moved.view(count, len(scale), shared, -1)[best, each]
+    return moved.flatten(0, 1), scales[best, each]
+
+
+def _cost(candidate, weight, scale, zero_point, spec, gram):
+    """Mean squared error of each row's output, the candidate rounded to nearest."""
+    error = on_uniform_grid(candidate, scale[:, None], zero_point[:, None], spec) - weight
+    return ((error @ gram) * error).sum(1)
 
 
 def _damped(gram, share):

@@ -154,20 +154,19 @@ def compensate_weights(model, seen, strength):
 def round_weights(model, seen):
     """Move each layer's weights so that rounding errors make up for each other.
 
-    The bias takes the mean of what is left.
+    Scales are set anew with them. The bias takes the mean of what is left.
 
     Args:
         model (nn.Module): quantized model, weight quantizers calibrated.
         seen (MomentObserver): filled by passes with quantized activations.
     """
     for layer, moments in _fitted(model, seen):
-        quantizer, rows = layer.weight_quantizer, layer.weight_rows().double()
-        repeat = len(rows) // quantizer.log_scale.numel()
-        scale, zero_point = (value.repeat_interleave(repeat)
-                             for value in (quantizer.scale, quantizer.zero_point))
+        quantizer, rows = layer.weight_quantizer, layer.weight_rows().double().clone()
         _, quantized_mean, gram, _ = moments.of(layer)
-        layer.set_weight_rows(least_squares.feed_back(
-            rows, scale, zero_point, quantizer.spec, gram))
+        moved, scale = least_squares.feed_back_scaled(
+            rows, quantizer.scale, quantizer.zero_point, quantizer.spec, gram)
+        quantizer.set_scale(scale, quantizer.zero_point)
+        layer.set_weight_rows(moved)
         if _has_bias_a_row(layer):
             after = quantizer.fake_quantize(layer.weight).flatten(1).double()
             layer.bias.add_((rows - after) @ quantized_mean)

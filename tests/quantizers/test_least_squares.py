@@ -4,7 +4,7 @@ import torch
 
 from pfcr_mm.quantizers import QuantizerSpec, search
 from pfcr_mm.quantizers import functional as F
-from pfcr_mm.quantizers.least_squares import compensate, feed_back
+from pfcr_mm.quantizers.least_squares import compensate, feed_back, feed_back_scaled
 
 
 def correlated(samples, fan_in, seed=0):
@@ -98,6 +98,30 @@ def test_feed_back_equals_the_loop_of_the_paper():
     codes = [rounded(w, scale, zero_point, spec) for w in (ours, expected)]
     assert (codes[0] == codes[1]).double().mean() > 0.99
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('shared', [1, 3])
+def test_scales_for_fed_back_errors(shared):
+    """Of nine multiples the best of each scale, whether a row has it alone or not."""
+    spec = QuantizerSpec(bits=3, granularity='channel')
+    x, weight = correlated(2000, 48), weight_of(12, 48)
+    gram = x.t() @ x / 2000
+    scale, zero_point = (v.double() for v in search.search_range(
+        weight.view(12 // shared, -1).float(), spec))
+
+    def loss(moved, scale):
+        wide = [v.repeat_interleave(shared) for v in (scale, zero_point)]
+        error = (rounded(moved, *wide, spec) - weight) @ x.t()
+        return error.square().mean(1).view(-1, shared).sum(1)
+
+    moved, found = feed_back_scaled(weight, scale, zero_point, spec, gram)
+    ratios = torch.tensor([1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1]).double()
+    losses = torch.stack([
+        loss(feed_back(weight, *(v.repeat_interleave(shared) for v in (r * scale, zero_point)),
+                       spec, gram), r * scale) for r in ratios])
+    torch.testing.assert_close(found, ratios[losses.argmin(0)] * scale)
+    torch.testing.assert_close(loss(moved, found), losses.amin(0), rtol=1e-5, atol=0)
+    assert losses.amin(0).sum() < 0.99 * losses[0].sum()
 
 
 def test_inputs_that_are_always_zero_are_harmless():
