@@ -43,6 +43,8 @@ $(STAMP): setup.py constraints.txt pfcr_mm/version.py
 demo: $(STAMP)
 	$(PY) tools/quant.py $(DEMO)
 
+# Tensors of tests are tiny: a second thread is no faster, and beside other jobs ten times slower.
+test: export OMP_NUM_THREADS ?= 1
 test: lint
 	$(PY) -m pytest
 
