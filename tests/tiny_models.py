@@ -4,8 +4,9 @@ import copy
 import torch
 
 from pfcr_mm.models import State
+from pfcr_mm.models.head_folds import fold_heads
 from pfcr_mm.modules import set_quantization
-from pfcr_mm.reconstruction import calibrate, observe
+from pfcr_mm.reconstruction import AttendedValues, calibrate, observe
 from pfcr_mm.reconstruction.cache import FeatureCache
 from pfcr_mm.reconstruction.capture import Images
 
@@ -49,3 +50,10 @@ def calibrated(detector, images, method='mse', on=True):
     calibrate(detector, seen, method)
     set_quantization(detector, on, on)
     return detector
+
+
+def fold_by(model, run):
+    """Fold the heads of a model by what its layers are given while `run()` runs."""
+    with observe(model, 4096) as seen, AttendedValues(model) as attended:
+        run()
+    return fold_heads(model, {name: r.rows for name, r in seen.layers.items()}, attended.means)

@@ -5,7 +5,7 @@ import torch
 from mmengine.device import get_device
 
 from ..models.checkpoint import load_float, load_quantized, manifest_of, read_checkpoint
-from ..models.head_folds import BUFFERS, free_heads
+from ..models.head_folds import free_heads
 from ..models.reparam import fold_alike, post_norm_pairs
 from ..modules import set_quantization
 from ..registry import MODELS
@@ -59,8 +59,7 @@ def align(floating, quantized):
         folds[names[id(layer)]] = ratio, norm.bias / ratio - other.bias
     others = free_heads(quantized)
     for name, free in free_heads(floating).items():
-        own, other = ({key: getattr(attention, key) for key in BUFFERS if hasattr(attention, key)}
-                      for attention in (free.attention, others[name].attention))
+        own, other = free.folded, others[name].folded
         if any(not torch.equal(own[key], other[key]) for key in own):  # not folded already
             folds[name] = other
     fold_alike(floating, folds)

@@ -79,8 +79,7 @@ class Calibrating:
                 AttendedValues(self.model) as attended:
             self._show(self.model, seen, attended, images=_HEADS_FOLDED_BY)
         check_seen(seen)
-        rows = {name: reservoir.rows for name, reservoir in seen.layers.items()
-                if reservoir.rows is not None}
+        rows = {name: reservoir.rows for name, reservoir in seen.layers.items()}
         folds = fold_heads(self.model, rows, attended.means)
         fold_alike(self.teacher, folds)
         self.folds.update(folds)

@@ -40,6 +40,12 @@ class FreeHeads:
     tables: tuple | None
     proj: nn.Module | None
 
+    @property
+    def folded(self):
+        """dict[str, Tensor]: those of `BUFFERS` that the attention has."""
+        return {key: getattr(self.attention, key) for key in BUFFERS
+                if hasattr(self.attention, key)}
+
     def third(self, tensor, which):
         """A view of the rows of q (0), k (1) or v (2)."""
         return tensor.chunk(3)[which]
@@ -107,8 +113,8 @@ def fold_heads(model, rows, attended=None):
     more than it saves.
 
     Args:
-        rows (dict[str, Tensor]): a sample (n, channels) of each layer's inputs, by its name;
-            what is not there, of a layer that is not quantized or not reached, is not folded
+        rows (dict[str, Tensor | None]): a sample (n, channels) of each layer's inputs, by its
+            name; what is not there, of a layer that is not quantized or not reached, is not folded
             by.
         attended (dict[str, Tensor] | None): means (C,) of the values, by attention; without
             them values keep theirs.
@@ -120,8 +126,7 @@ def fold_heads(model, rows, attended=None):
     folds = {}
     for name, free in free_heads(model).items():
         inputs, outputs = (rows.get(names.get(layer)) for layer in (free.qkv, free.proj))
-        fold = {key: getattr(free.attention, key).clone() for key in BUFFERS
-                if hasattr(free.attention, key)}
+        fold = {key: value.clone() for key, value in free.folded.items()}
         if 'key_mean' in fold and inputs is not None and free.qkv.bias is not None:
             layer = (free.third(free.qkv.weight, 1), free.third(free.qkv.bias, 1))
             fold['key_mean'] = nn.functional.linear(inputs.mean(0).to(layer[0]), *layer)
@@ -150,7 +155,7 @@ def fold_heads_alike(twin, folds):
 @torch.no_grad()
 def _fold(free, fold):
     """Take what is folded back, and fold anew. Sums in double, whatever the device makes faster."""
-    now = {key: getattr(free.attention, key).double() for key in fold}
+    now = {key: value.double() for key, value in free.folded.items()}
     new = {key: value.to(free.qkv.weight.device).double() for key, value in fold.items()}
     size = free.qkv.out_features // 3 // free.attention.num_heads
     turn = hadamard(size).to(free.qkv.weight.device)

@@ -8,6 +8,7 @@ from mmdet.models.backbones.swin import WindowMSA
 from mmengine.registry import MODELS
 from test_reparam import worst
 from tiny_classifiers import ARGS, build_classifier, pictures
+from tiny_models import fold_by
 from torch import nn
 
 from pfcr_mm.analysis.twins import align
@@ -50,10 +51,7 @@ def unequal(kind, **quant):
 
 def fold(model, x):
     """Fold by what layers are given for the images `x`."""
-    with observe(model, 4096) as seen, AttendedValues(model) as attended:
-        model(x)
-    return fold_heads(
-        model, {name: reservoir.rows for name, reservoir in seen.layers.items()}, attended.means)
+    return fold_by(model, lambda: model(x))
 
 
 def inputs_of(layers, run):
@@ -181,10 +179,7 @@ def test_exact_in_a_swin_detector(build_quantized, images):
     model = build_quantized(weight_bits=4, activation_bits=4).double()
     x = images[1][0].double()
     expected = model.backbone(x)
-    with observe(model, 4096) as seen, AttendedValues(model) as attended:
-        model.backbone(x)
-    folds = fold_heads(model, {
-        name: r.rows for name, r in seen.layers.items() if r.rows is not None}, attended.means)
+    folds = fold_by(model, lambda: model.backbone(x))
     assert len(folds) == 8
     assert worst(model.backbone(x), expected) < 1e-10
 

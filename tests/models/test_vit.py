@@ -9,7 +9,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from test_reparam import scale_channels, worst
-from tiny_models import calibrated, predict, randomise
+from tiny_models import calibrated, fold_by, predict, randomise
 from torch import nn
 
 from pfcr_mm.models import QuantConfig, State, convert, part_chains, reparameterise
@@ -20,11 +20,11 @@ from pfcr_mm.models.checkpoint import (
     save_quantized,
 )
 from pfcr_mm.models.fit import MOVED
-from pfcr_mm.models.head_folds import fold_heads, free_heads
+from pfcr_mm.models.head_folds import free_heads
 from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs
 from pfcr_mm.models.vit import classifier_chain
 from pfcr_mm.modules import QuantLayer, quantizers_of, set_quantization
-from pfcr_mm.reconstruction import AttendedValues, calibrate, harden, observe
+from pfcr_mm.reconstruction import calibrate, harden, observe
 from pfcr_mm.registry import CHAINS
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -272,10 +272,7 @@ def test_heads_fold_exactly_with_tables_of_positions(build_vit, images):
         table.copy_(torch.randn(table.shape, generator=torch.Generator().manual_seed(seed)))
     x = images[1][0].double()
     expected = model.backbone(x)
-    with observe(model, 4096) as seen, AttendedValues(model) as attended:
-        model.backbone(x)
-    folds = fold_heads(model, {
-        name: r.rows for name, r in seen.layers.items() if r.rows is not None}, attended.means)
+    folds = fold_by(model, lambda: model.backbone(x))
     assert len(folds) == DEPTH and len(tables) == 2 * DEPTH
     assert worst(model.backbone(x), expected) < 1e-10
 
