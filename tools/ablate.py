@@ -24,7 +24,8 @@ may name its values: `pos=off,quantizer`. Axes and values:
 
 With --total-iters all cells that learn have as many iterations in all. Each run is a
 process of its own in the work dir; one whose report is there is not repeated, unless its
-config has changed. A run that fails is told in one line and the others go on. --no-run
+config has changed. Runs that differ only in what follows calibration share it, to the same
+result; each counts its seconds. A run that fails is told in one line and the others go on. --no-run
 only collects, --list only says what would be run.
 
 Columns of the CSV: config, the axes, seed, metrics of the quantized, the float and the
@@ -239,6 +240,8 @@ def arguments_of(args, cell, seed):
     """Arguments of tools/quant.py that make one cell, beside config and work dir."""
     base = quant_config([args.config])
     options, more = [f'randomness.seed={seed}'], []
+    # cells that calibrate alike do so once
+    options.append(f"quantize_cfg.calibration_dir={Path(args.work_dir) / 'calibrations'}")
     if args.total_iters:
         options.append(f'quantize_cfg.total_iters={args.total_iters}')
     for name, value in cell:

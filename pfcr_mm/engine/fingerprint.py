@@ -8,7 +8,7 @@ from ..models import QuantConfig
 _CIRCUMSTANCES = ('work_dir', 'launcher', 'resume', 'trust_checkpoint', 'log_level',
                   'log_processor', 'visualizer', 'vis_backends', 'quantize_hooks',
                   'default_hooks', 'method', 'method_file')
-_OF_THE_LOOP = ('cache_memory_mb', 'cache_dir')
+_OF_THE_LOOP = ('cache_memory_mb', 'cache_dir', 'calibration_dir')
 
 
 def fingerprint(cfg):

@@ -64,6 +64,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         cache_memory_mb (float | None): MiB of images and cached activations that are kept in
             memory; what is beyond lies in files. None is no limit.
         cache_dir (str | None): of these files; None is the work dir.
+        calibration_dir (str | None): where runs share calibrations. A run begins with one of
+            another that calibrated alike, to the same bytes, or leaves its own there.
         evaluate (dict): whether to measure the `float` and the `calibrated` model, and whether
             to measure what is measured with the `val` dataloader too.
         expected (dict | None): float metrics that the checkpoint is known for.
@@ -80,8 +82,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
                                                          'backbone'),
                  head_levels=('leaf', 'chain'), traversal='post_order', parts=('*', ), pos=None,
                  reconstruction=None, head_reconstruction=None, rois=None, cache_dtype=None,
-                 cache_memory_mb=None, cache_dir=None, evaluate=None, expected=None,
-                 total_iters=None, images_at_once=None, on_nonfinite='restore'):
+                 cache_memory_mb=None, cache_dir=None, calibration_dir=None, evaluate=None,
+                 expected=None, total_iters=None, images_at_once=None, on_nonfinite='restore'):
         self._runner = runner
         self.calibration = settings.calibration_of(calibration)
         self.levels = check_levels(levels, 'quantize_cfg.levels')
@@ -94,7 +96,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         self.rois = settings.rois_of(rois)
         self.cache = FeatureCache(
             settings.dtype_of(cache_dtype), settings.cache_memory_of(cache_memory_mb),
-            settings.cache_dir_of(cache_dir) or runner.work_dir)
+            settings.folder_of(cache_dir, 'cache_dir') or runner.work_dir)
+        self.calibration_dir = settings.folder_of(calibration_dir, 'calibration_dir')
         self.evaluations = settings.evaluate_of(evaluate)
         self.expected = expected
         self.total_iters = settings.total_iters_of(total_iters)
@@ -141,6 +144,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             with self._phase('calibrate'):
                 self.calibrate()
             self._end_phase('calibrate')
+            self.leave_calibration()
         if 'calibrated' not in self.finished:
             if self.evaluations['calibrated']:
                 calibrated = copy.deepcopy(self.model)

@@ -22,6 +22,7 @@ from .resume import (
     random_state,
     set_random_state,
 )
+from .shared_calibrations import SharedCalibrations
 
 
 class Resumable:
@@ -81,6 +82,7 @@ class Resumable:
         aside = parallel.from_main(self.checkpoints.set_aside)
         if aside is not None:
             logger.warning(f'What an earlier run left in {folder} is kept in {aside}')
+        self._take_calibration()
         return True
 
     def state_dict(self):
@@ -101,6 +103,9 @@ class Resumable:
     def load_state_dict(self, state):
         """Go on from a `state_dict` of the same config."""
         check_identity(state['identity'], self.identity, self.checkpoints.folder)
+        self._adopt(state)
+
+    def _adopt(self, state):
         load_model_state(self.model, state['model'])
         self.folds, self._boxes = state['folds'], _unpack(state['boxes'])
         fold_alike(self.teacher, self.folds)
@@ -118,6 +123,24 @@ class Resumable:
             if before != value and not same:
                 self.note(f'resumed with {key} {value} after {before}: the result may differ in '
                           'its last bits from that of a run in one piece')
+
+    def leave_calibration(self):
+        """Calibration is done: others may begin with it, where `calibration_dir` says so."""
+        if self.calibration_dir is not None and parallel.is_main():
+            self._shared_calibrations().leave(self.state_dict())
+
+    def _take_calibration(self):
+        if self.calibration_dir is None:
+            return
+        shared = self._shared_calibrations()
+        state = parallel.from_main(lambda: shared.take(self.runner.logger.warning))
+        if state is not None:
+            self._adopt(state)
+            self.note(f'calibration is that of another run, from {shared.path}; its seconds are '
+                      'counted in')
+
+    def _shared_calibrations(self):
+        return SharedCalibrations(self.calibration_dir, self.identity, environment())
 
     def elapsed(self):
         """Seconds of the run so far, its earlier pieces included."""

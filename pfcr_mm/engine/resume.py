@@ -21,7 +21,7 @@ RESULTS = ('quantized.pth', 'quantized.safetensors', 'calibrated.pth', 'report.j
 FIGURES = 'report_figures'
 # How a run is done and watched, not what comes out.
 _NO_MATTER = re.compile(
-    r'quantize_cfg\.(on_nonfinite|cache_memory_mb|cache_dir)'
+    r'quantize_cfg\.(on_nonfinite|cache_memory_mb|cache_dir|calibration_dir)'
     r'|test_dataloader\.(num_workers|persistent_workers|pin_memory|prefetch_factor)')
 _FOLLOWS = ('seed', 'calibration images')
 _NAME = re.compile(r'\d{6}\.pth')
@@ -49,9 +49,7 @@ class RunCheckpoints:
         self.folder.mkdir(exist_ok=True)
         files = self.files()
         number = int(files[-1].stem) + 1 if files else 1
-        content = io.BytesIO()
-        torch.save(dict(state, format=FORMAT), content)
-        write_atomically(self.folder / f'{number:06d}.pth', content.getbuffer())
+        write_run(self.folder / f'{number:06d}.pth', state)
         for path in files[:-1]:
             path.unlink(missing_ok=True)
 
@@ -114,6 +112,13 @@ class RunCheckpoints:
         for path in there:
             path.rename(target / path.name)
         return target
+
+
+def write_run(path, state):
+    """Write the state of a run; the file is whole at any moment."""
+    content = io.BytesIO()
+    torch.save(dict(state, format=FORMAT), content)
+    write_atomically(path, content.getbuffer())
 
 
 def read_run(path):

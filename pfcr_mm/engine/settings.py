@@ -94,10 +94,10 @@ def cache_memory_of(given):
     return given
 
 
-def cache_dir_of(given):
-    """`cache_dir` as it is."""
+def folder_of(given, key):
+    """`cache_dir` or `calibration_dir` as it is."""
     if given is not None and not isinstance(given, str):
-        raise UsageError(f'quantize_cfg.cache_dir={given!r} is neither None nor a path')
+        raise UsageError(f'quantize_cfg.{key}={given!r} is neither None nor a path')
     return given
 
 
