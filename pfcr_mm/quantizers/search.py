@@ -79,8 +79,7 @@ def _log_grids(top, spec, steps_per_octave):
 
 
 def _on_log_grid(samples, scale, steps, spec):
-    codes = F.log_encode(samples, scale, spec.bits, steps, spec.zero_below)
-    return F.log_decode(codes, scale, spec.bits, steps, spec.zero_below)
+    return F.kernels.log_values(samples, scale, steps, spec.bits, spec.zero_below, shift=0.0)
 
 
 def on_uniform_grid(samples, scale, zero_point, spec):

@@ -42,18 +42,26 @@ class Reservoir:
 
         `generator` draws the keys.
         """
-        rows = rows.detach().float().cpu()
         low, high = low.detach().float().cpu(), high.detach().float().cpu()
         self.low = low if self.low is None else torch.minimum(self.low, low)
         self.high = high if self.high is None else torch.maximum(self.high, high)
-        keys = torch.cat([self.keys, torch.rand(
-            len(rows), generator=generator, dtype=torch.float64)])  # so fine that none are equal
-        rows = rows if self.rows is None else torch.cat([self.rows, rows])
-        if len(keys) > self.limit:
-            self.keys, pick = torch.topk(keys, self.limit, largest=False)
-            self.rows = rows[pick]
-        else:
-            self.keys, self.rows = keys, rows
+        rows = rows.detach()
+        keys = torch.rand(len(rows), generator=generator, dtype=torch.float64)  # none are equal
+        room = self.limit - len(self.keys)
+        if room > 0:
+            first = rows[:room].float().cpu()
+            self.rows = first.clone() if self.rows is None else torch.cat([self.rows, first])
+            self.keys = torch.cat([self.keys, keys[:room]])
+            rows, keys = rows[room:], keys[room:]
+        if len(keys) == 0:
+            return
+        kept = torch.cat([self.keys, keys]).topk(self.limit, largest=False).indices
+        # only rows that come in are copied, to where others go: a stream is long
+        new = kept[kept >= self.limit] - self.limit
+        gone = torch.ones(self.limit, dtype=torch.bool)
+        gone[kept[kept < self.limit]] = False
+        self.rows[gone] = rows[new.to(rows.device)].float().cpu()
+        self.keys[gone] = keys[new]
 
     def settle(self):
         """End of the stream: the sample of all processes, ordered by its keys."""

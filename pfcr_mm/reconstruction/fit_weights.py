@@ -26,44 +26,50 @@ class Moments:
     mean: torch.Tensor = 0.0
     quantized_mean: torch.Tensor = 0.0
     gram: torch.Tensor = 0.0  # x^ x^T
-    cross: torch.Tensor = 0.0  # x x^T, float by quantized
+    cross: torch.Tensor = 0.0  # x x^T, float by quantized; None where it is not wanted
 
     def add(self, rows, quantized, weights):
         """Add rows, each counted `weights` (n,) times."""
         rows, quantized, weights = rows.double(), quantized.double(), weights.double()
         weighted = quantized * weights[:, None]
         self.rows += len(rows)
-        for name, value in (('weight', weights.sum()), ('mean', weights @ rows),
-                            ('quantized_mean', weighted.sum(0)),
-                            ('gram', weighted.t() @ quantized), ('cross', rows.t() @ weighted)):
+        found = dict(weight=weights.sum(), mean=weights @ rows, quantized_mean=weighted.sum(0),
+                     gram=weighted.t() @ quantized)
+        if self.cross is not None:
+            found['cross'] = rows.t() @ weighted
+        for name, value in found.items():
             # sums of such numbers are exact in double, and the same in any order
             setattr(self, name, getattr(self, name) + value.float().double())
 
     def settle(self):
         """End of the stream: means over the rows of all processes."""
         self.rows = parallel.total(self.rows)
-        for name in ('weight', 'mean', 'quantized_mean', 'gram', 'cross'):
+        names = ['mean', 'quantized_mean', 'gram', *(['cross'] if self.cross is not None else [])]
+        for name in ('weight', *names):
             value = getattr(self, name)
             setattr(self, name, parallel.total(value.cpu() if torch.is_tensor(value) else value))
         if self.rows:
-            for name in ('mean', 'quantized_mean', 'gram', 'cross'):
+            for name in names:
                 setattr(self, name, getattr(self, name) / self.weight)
 
     def of(self, layer):
         """(mean, quantized mean, gram, cross) for a layer, on its device.
 
-        About the means where the layer's bias can take care of these, which are zero else.
+        About the means where the layer's bias can take care of these, which are zero else;
+        `cross` is None where it was not wanted.
         """
         mean, quantized_mean, gram, cross = (
-            value.to(layer.weight.device)
+            value if value is None else value.to(layer.weight.device)
             for value in (self.mean, self.quantized_mean, self.gram, self.cross))
         if not _has_bias_a_row(layer):
             return torch.zeros_like(mean), torch.zeros_like(mean), gram, cross
         # what rows of float32 cannot tell from zero counts as noise of the inputs
         floor = 1e-5 * gram.diagonal().mean() * torch.eye(
             len(gram), dtype=gram.dtype, device=gram.device)
+        if cross is not None:
+            cross = cross - torch.outer(mean, quantized_mean) + floor
         return (mean, quantized_mean, gram - torch.outer(quantized_mean, quantized_mean) + floor,
-                cross - torch.outer(mean, quantized_mean) + floor)
+                cross)
 
 
 class MomentObserver(PerImage):
@@ -72,7 +78,8 @@ class MomentObserver(PerImage):
     Args:
         model (nn.Module): a quantized model, its activation quantizers calibrated.
         chains (dict[str, Chain]): of the model; they know of class tokens.
-        activations (bool): whether activation quantizers are on meanwhile.
+        activations (bool): whether activation quantizers are on meanwhile. Moments are then for
+            `round_weights`, which needs no `cross`.
         rows (int): rows a layer gives at most in one call.
         seed (int): seed of the sampling.
     """
@@ -102,7 +109,7 @@ class MomentObserver(PerImage):
                 moments.settle()
 
     def _see(self, name):
-        moments = self.layers[name] = Moments()
+        moments = self.layers[name] = Moments(cross=None if self.activations else 0.0)
 
         def hook(layer, args):
             x = args[0]
