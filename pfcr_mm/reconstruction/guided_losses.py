@@ -70,24 +70,29 @@ class _Guided:
         return cls(targets, channel_axis, context, **options)
 
 
+class _OrOther(_Guided):
+    """A loss of some units; its option and attribute `other` is that of the rest, or None."""
+
+    @property
+    def shares_batches(self):
+        """Whether processes may share a batch: as the loss in its place, where there is one."""
+        return self.other is None or getattr(self.other, 'shares_batches', False)
+
+    @classmethod
+    def parts(cls, options):
+        """The loss that may take its place."""
+        default = inspect.signature(cls.__init__).parameters['other'].default
+        return [options.get('other', default)]
+
+
 @RECONSTRUCTION_LOSSES.register_module(name='head_kl')
-class HeadKL(_Guided):
+class HeadKL(_OrOther):
     """KL divergence where the unit ends in a classifier's logits, another loss elsewhere.
 
     Args:
         temperature (float): of both softmaxes.
         other (str | dict): loss of all other units.
     """
-
-    @property
-    def shares_batches(self):
-        """Whether processes may share a batch: as the loss in its place."""
-        return self.other is None or getattr(self.other, 'shares_batches', False)
-
-    @staticmethod
-    def parts(options):
-        """The loss that may take its place."""
-        return [options.get('other', 'channel_mse')]
 
     def __init__(self, targets, channel_axis, context, temperature=1.0, other='channel_mse'):
         self.temperature = temperature
@@ -166,7 +171,7 @@ class LayersLoss(_Guided):
 
 
 @RECONSTRUCTION_LOSSES.register_module(name='aph')
-class APHLoss(_Guided):
+class APHLoss(_OrOther):
     """Squared error weighted by the average perturbed Hessian (APHQ-ViT, arXiv 2504.02508).
 
     The weight of an output element is how much the gradient of the final distance changes
@@ -179,16 +184,6 @@ class APHLoss(_Guided):
         step (float): the move, relative to the output's root mean square over all images.
         other (str): loss of units at the end, and of side outputs.
     """
-
-    @property
-    def shares_batches(self):
-        """Whether processes may share a batch: as the loss in its place, where there is one."""
-        return self.other is None or getattr(self.other, 'shares_batches', False)
-
-    @staticmethod
-    def parts(options):
-        """The loss that may take its place."""
-        return [options.get('other', 'head_kl')]
 
     def __init__(self, targets, channel_axis, context, step=1e-3, other='head_kl'):
         view = context.view

@@ -1,18 +1,17 @@
 """Fused kernels give what eager ones give, whatever the layout."""
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from marks import needs_compiler
 
 from pfcr_mm.errors import UsageError
 from pfcr_mm.quantizers import eager, fused, fused_kernels
 from pfcr_mm.quantizers import functional as F
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(os.environ.get('CXX', 'g++')) is None, reason='torch.compile needs a C++ compiler')
+pytestmark = needs_compiler
 HEADS, TOKENS, WIDTH = 3, 21, 16
 
 

@@ -1,10 +1,9 @@
 """Reconstruction of units: what is learned, accepted, undone, and repeated."""
 import copy
-import os
-import shutil
 
 import pytest
 import torch
+from marks import needs_compiler
 from mmdet.models.backbones.swin import WindowMSA
 from torch import nn
 from toy_chains import chain_of, learned_state, stream, toy
@@ -224,8 +223,7 @@ def test_learned_parameters_close_on_an_error():
     assert all(q.keep_prob == 1 for _, q in quantizers_of(model))
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get('CXX', 'g++')) is None,
-                    reason='torch.compile needs a C++ compiler')
+@needs_compiler
 def test_fused_kernels_learn_the_same(monkeypatch):
     from pfcr_mm.quantizers import fused
     calls, real = [], fused._run
