@@ -117,6 +117,7 @@ def test_no_compiler_is_one_clear_line(tmp_path):
     done = subprocess.run(
         [sys.executable, '-c', code], cwd=os.path.dirname(__file__), text=True,
         capture_output=True, env={**os.environ, 'CXX': 'no-such-compiler',
+                                  'PYTHONPATH': os.pathsep.join(filter(None, sys.path)),
                                   'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)})
     told = done.stdout.splitlines()[-1]
     assert 'compile=True' in told and 'C++ compiler' in told, done.stderr
