@@ -136,6 +136,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         if not self.begin():
             return self.metrics
         self.runner.call_hook('before_quantize')
+        if 'calibrate' not in self.finished:
+            self.take_calibration()
         if 'float' not in self.finished:
             if self.evaluations['float']:
                 self.measure('float', self.model)

@@ -82,7 +82,6 @@ class Resumable:
         aside = parallel.from_main(self.checkpoints.set_aside)
         if aside is not None:
             logger.warning(f'What an earlier run left in {folder} is kept in {aside}')
-        self._take_calibration()
         return True
 
     def state_dict(self):
@@ -129,7 +128,8 @@ class Resumable:
         if self.calibration_dir is not None and parallel.is_main():
             self._shared_calibrations().leave(self.state_dict())
 
-    def _take_calibration(self):
+    def take_calibration(self):
+        """Go on from where another run was when its calibration was done, if one fits."""
         if self.calibration_dir is None:
             return
         shared = self._shared_calibrations()

@@ -45,6 +45,9 @@ def test_the_second_run_begins_with_it_and_ends_with_the_same_bytes(run, tmp_pat
     after, calibrated = run('after', SECOND)
     assert calibrated == 0 and list((tmp_path / 'shared').iterdir()) == [shared]
     assert (after / 'quantized.pth').read_bytes() == (alone / 'quantized.pth').read_bytes()
+    scalars = [''.join(path.read_text() for path in folder.glob('*/vis_data/*.json'))
+               for folder in (after, alone)]
+    assert all('float/bbox_mAP' in text for text in scalars)
     units = kill_test.read_units(after / 'units.jsonl')
     assert units == kill_test.read_units(alone / 'units.jsonl') and len(units) > 4
     reports = [kill_test.read_report(folder / 'report.json') for folder in (after, alone)]
