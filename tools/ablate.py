@@ -29,8 +29,10 @@ result; each counts its seconds. A run that fails is told in one line and the ot
 only collects, --list only says what would be run.
 
 Columns of the CSV: config, the axes, seed, metrics of the quantized, the float and the
-calibrated model (0 to 1), iterations, seconds. Rows of other cells that it holds stay, and
-those of other iterations. The plot shows the cells of this call.
+calibrated model (0 to 1); of classifiers what `AgreementHook` measures of the quantized and
+the calibrated one: divergence from the float model (kl) and the share of images given the
+same class (same); iterations, seconds. Rows of other cells that it holds stay, and those of
+other iterations. The plot shows the cells of this call.
 """
 import argparse
 import itertools
@@ -267,8 +269,17 @@ def row(stem, values, report):
         config=stem, **values, seed=report['seed'],
         **{f'{prefix}{metric}': (report[state] or {}).get(metric)
            for prefix, state in STATES for metric in family},
+        **{f'{prefix}{name}': value for prefix, state in STATES[::2]
+           for name, value in _agreement(report, state).items()},
         iterations=sum(unit['iters'] for unit in report['units']),
         seconds=round(report['seconds']))
+
+
+def _agreement(report, state):
+    """What `AgreementHook` measured."""
+    found = report.get('metrics', {}).get(state, {})
+    plain = {key.rpartition('/')[2]: value for key, value in found.items()}
+    return {name: plain[name] for name in ('kl', 'same') if name in plain}
 
 
 def table(rows):

@@ -36,4 +36,5 @@ quantize_cfg = dict(
     # ViTs have no stages, Swins have quads in their long stage only
     levels=['leaf', 'block', 'pair', 'quad', 'stage', 'backbone'],
     reconstruction=dict(batch_size=32, per_level=dict(quad=dict(iters=750, weight_lr=2e-5))))
+quantize_hooks = [*_base_.quantize_hooks, dict(type='pfcr_mm.AgreementHook')]
 randomness = dict(seed=0)

@@ -1,23 +1,26 @@
 """Hooks, loop and runner as MMEngine sees them."""
 import json
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import demo_runs
 import pytest
+import torch
 from demo_runs import FLOAT, options_as_dict
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, LOOPS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 
 from pfcr_mm.cli import quant_main
 from pfcr_mm.engine import ExpectedMetricsHook, ManifestGuardHook, PFCRLoop, QuantRunner
 from pfcr_mm.errors import UsageError
 
-NAMES = ('ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'ScalarsHook',
-         'UnitLogHook', 'DiagnosticsHook')
+NAMES = ('AgreementHook', 'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook',
+         'ScalarsHook', 'UnitLogHook', 'DiagnosticsHook')
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -41,6 +44,43 @@ def test_a_type_needs_no_import_of_ours():
               "print(type(HOOKS.build(dict(type='pfcr_mm.ManifestGuardHook'))).__name__)")
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.stdout.split()[-1] == 'ManifestGuardHook', done.stderr
+
+
+# --- AgreementHook -----------------------------------------------------------
+
+def test_agreement_by_hand():
+    """Of two images one is new to it: the float twin is asked."""
+    def sample(path, *scores):
+        return BaseDataElement(img_path=path, pred_scores=torch.tensor(scores))
+
+    asked = []
+    twin = SimpleNamespace(test_step=lambda batch: asked.append(batch) or [sample('b', 0.2, 0.8)])
+    loop = SimpleNamespace(teacher=twin, open_phase=SimpleNamespace(name='evaluate float'))
+    runner = SimpleNamespace(quantize_loop=loop)
+    hook = HOOKS.build(dict(type='pfcr_mm.AgreementHook'))
+    hook.before_quantize(runner)
+    found = []
+    for phase, batches in (('float', [sample('a', 0.5, 0.5)]),
+                           ('quantized', [sample('a', 0.25, 0.75), sample('b', 0.8, 0.2)])):
+        loop.open_phase.name = f'evaluate {phase}'
+        hook.before_test_epoch(runner)
+        for number, output in enumerate(batches):
+            hook.after_test_iter(runner, number, 'batch', [output])
+        found.append({'imagenet/top1': 0.5})
+        hook.after_test_epoch(runner, found[-1])
+    assert asked == ['batch']
+    assert found[0] == {'imagenet/top1': 0.5, 'imagenet/kl': 0, 'imagenet/same': 1}
+    by_hand = (0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2 + 0.6 * math.log(4) / 2
+    assert found[1]['imagenet/kl'] == pytest.approx(by_hand, rel=1e-6)
+    assert found[1]['imagenet/same'] == 0
+
+
+def test_agreement_leaves_detectors_alone():
+    hook, metrics = HOOKS.build(dict(type='pfcr_mm.AgreementHook')), {'coco/bbox_mAP': 0.5}
+    hook.before_quantize(None)
+    hook.after_test_iter(None, 0, None, [BaseDataElement(pred_instances=None)])
+    hook.after_test_epoch(None, metrics)
+    assert metrics == {'coco/bbox_mAP': 0.5}
 
 
 # --- ManifestGuardHook in a stock Runner ------------------------------------

@@ -34,7 +34,8 @@ def grid(ablate, tmp_path, monkeypatch):
         (folder / 'report.json').write_text(json.dumps(dict(
             bits=dict(weight=3, activation=3), seed=seed, config=fingerprint(cfg),
             units=[dict(iters=3), dict(iters=4)], float=dict(top1=0.8, top5=0.9), calibrated=None,
-            quantized=dict(top1=0.6 + seed / 100, top5=0.8), seconds=1.6)))
+            quantized=dict(top1=0.6 + seed / 100, top5=0.8), seconds=1.6,
+            metrics=dict(quantized={'imagenet/kl': 0.5, 'imagenet/same': 0.75}))))
 
     def call(*arguments, config=VIT):
         made.clear()
@@ -68,7 +69,9 @@ def test_columns(grid):
     assert list(rows[0]) == [
         'config', 'method', 'bits', 'units', 'pos', 'loss', 'rounding', 'softmax', 'gelu',
         'values', 'heads', 'means', 'padding', 'zero_point', 'traversal', 'seed', 'top1', 'top5',
-        'float_top1', 'float_top5', 'calibrated_top1', 'calibrated_top5', 'iterations', 'seconds']
+        'float_top1', 'float_top5', 'calibrated_top1', 'calibrated_top5', 'kl', 'same',
+        'iterations', 'seconds']
+    assert (rows[0]['kl'], rows[0]['same']) == ('0.5', '0.75')
     assert [r['bits'] for r in rows] == ['w4a4', 'w3a3']
     assert (rows[0]['top1'], rows[0]['float_top1'], rows[0]['calibrated_top1']) == (
         '0.61', '0.8', '')

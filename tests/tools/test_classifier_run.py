@@ -50,6 +50,10 @@ def test_report(run):
     assert report['model'] == 'TimmClassifier' and report['bits'] == dict(weight=4, activation=4)
     for state in ('float', 'calibrated', 'quantized'):
         assert list(report[state]) == ['top1', 'top5'] and report[state]['top5'] == 1
+    near = {state: (found['imagenet/kl'], found['imagenet/same'])
+            for state, found in report['metrics'].items()}
+    assert near['float'] == (0, 1)
+    assert all(near[state][0] > 0 for state in ('calibrated', 'quantized'))
     assert report['calibration'] == dict(images=COUNT, split='train')
     assert [u['level'] for u in report['units']].count('quad') == 1
     assert report['units'][-1]['name'] == 'backbone' and report['parts_without_chain'] == {}
@@ -76,6 +80,17 @@ def test_the_checkpoint_tests_the_same(run, tmp_path, capsys):
     report = json.loads((folder / 'report.json').read_text())
     printed = capsys.readouterr().out
     assert f"top1: {report['quantized']['top1']:.4f}" in printed and 'top5: 1.0000' in printed
+
+
+def test_the_float_twin_stands_in_for_its_evaluation(run, tmp_path):
+    """Divergences are the same where the float model is not measured."""
+    folder, checkpoint, given, _ = run
+    given = (*given, 'quantize_cfg.evaluate.float=False')
+    assert quant_main(demo_runs.arguments(W4A4, checkpoint, tmp_path / 'run', given)) == 0
+    with_it, without = (
+        json.loads((path / 'report.json').read_text())['metrics']['quantized']['imagenet/kl']
+        for path in (folder, tmp_path / 'run'))
+    assert without == pytest.approx(with_it, rel=1e-3)
 
 
 def test_calibration_and_evaluation_share_no_image(run):

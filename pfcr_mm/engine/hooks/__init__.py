@@ -1,4 +1,5 @@
 """Hooks of the quantization loop; each listens to the loop's own stages."""
+from .agreement import AgreementHook
 from .expected import ExpectedMetricsHook
 from .guard import ManifestGuardHook
 from .progress import ProgressHook
@@ -8,6 +9,6 @@ from .unit_checkpoint import UnitCheckpointHook
 from .unit_log import UnitLogHook
 
 __all__ = [
-    'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook', 'ScalarsHook',
-    'UnitCheckpointHook', 'UnitLogHook'
+    'AgreementHook', 'ExpectedMetricsHook', 'ManifestGuardHook', 'ProgressHook', 'ReportHook',
+    'ScalarsHook', 'UnitCheckpointHook', 'UnitLogHook'
 ]
