@@ -25,8 +25,8 @@ may name its values: `pos=off,quantizer`. Axes and values:
 With --total-iters all cells that learn have as many iterations in all. Each run is a
 process of its own in the work dir; one whose report is there is not repeated, unless its
 config has changed. Runs that differ only in what follows calibration share it, to the same
-result; each counts its seconds. A run that fails is told in one line and the others go on. --no-run
-only collects, --list only says what would be run.
+result; each counts its seconds. A run that fails is told in one line and the others go on.
+--no-run only collects, --list only says what would be run.
 
 Columns of the CSV: config, the axes, seed, metrics of the quantized, the float and the
 calibrated model (0 to 1); of classifiers what `AgreementHook` measures of the quantized and
@@ -42,12 +42,13 @@ from pathlib import Path
 from run_matrix import read_csv, report_of, write_csv
 
 from pfcr_mm.cli import quant_config
-from pfcr_mm.engine.metrics import titles
+from pfcr_mm.engine.metrics import counted, titles
 from pfcr_mm.errors import UsageError
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
 GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'heads', 'means', 'padding',
         'zero_point')
+AGREEMENT = ('kl', 'same')  # of `AgreementHook`
 STATES = (('', 'quantized'), ('float_', 'float'), ('calibrated_', 'calibrated'))
 
 
@@ -269,17 +270,10 @@ def row(stem, values, report):
         config=stem, **values, seed=report['seed'],
         **{f'{prefix}{metric}': (report[state] or {}).get(metric)
            for prefix, state in STATES for metric in family},
-        **{f'{prefix}{name}': value for prefix, state in STATES[::2]
-           for name, value in _agreement(report, state).items()},
+        **{f'{prefix}{name}': value for prefix, state in STATES if state != 'float'
+           for name, value in counted(report.get('metrics', {}).get(state, {}), AGREEMENT).items()},
         iterations=sum(unit['iters'] for unit in report['units']),
         seconds=round(report['seconds']))
-
-
-def _agreement(report, state):
-    """What `AgreementHook` measured."""
-    found = report.get('metrics', {}).get(state, {})
-    plain = {key.rpartition('/')[2]: value for key, value in found.items()}
-    return {name: plain[name] for name in ('kl', 'same') if name in plain}
 
 
 def table(rows):

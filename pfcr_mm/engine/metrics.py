@@ -5,14 +5,15 @@ FAMILIES = (dict(bbox_mAP='box AP', segm_mAP='mask AP'), dict(top1='top-1', top5
 NAMES = tuple(name for family in FAMILIES for name in family)
 
 
-def counted(result):
+def counted(result, names=NAMES):
     """The metrics that count, without the evaluator's prefix.
 
     Args:
         result (dict): of an evaluator, such as {'coco/bbox_mAP': 0.4, ...}.
+        names (Sequence[str]): which count.
     """
     plain = {key.rpartition('/')[2]: value for key, value in result.items()}
-    return {key: value for key, value in plain.items() if key in NAMES}
+    return {key: value for key, value in plain.items() if key in names}
 
 
 def titles(*results):

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 from ..errors import UsageError
@@ -59,6 +60,7 @@ class SharedCalibrations:
         write_run(self.path, state)
 
 
+@cache
 def _code():
     """Hash of this package's sources: another version may calibrate otherwise."""
     found = hashlib.sha256()

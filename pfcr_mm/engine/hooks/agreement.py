@@ -36,11 +36,11 @@ class AgreementHook(Hook):
         if not outputs or 'pred_scores' not in outputs[0]:
             return
         scores = _logarithms(outputs)
-        phase = runner.quantize_loop.open_phase
         if not scores.keys() <= self.floats.keys():
-            is_float = phase is not None and phase.name == 'evaluate float'
+            loop = runner.quantize_loop
+            is_float = loop.open_phase.name == 'evaluate float'
             floats = scores if is_float else _logarithms(
-                runner.quantize_loop.teacher.test_step(copy.deepcopy(data_batch)))
+                loop.teacher.test_step(copy.deepcopy(data_batch)))
             self.floats.update(floats)
         for path, own in scores.items():
             known = self.floats[path]
