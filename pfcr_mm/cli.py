@@ -119,6 +119,16 @@ class _Overrides(DictAction):
                     'what is more than a list of words and numbers belongs in a config') from None
         super().__call__(parser, namespace, values, option_string)
 
+    @staticmethod
+    def _parse_iterable(value):
+        """As MMEngine reads a value, but a path keeps its blanks, and in quotes its commas too."""
+        inner = value.strip('\'"')
+        brackets = inner.startswith(('[', '('))
+        quoted = inner != value
+        if not brackets and (quoted if ',' in inner else ' ' in inner.strip()):
+            return inner
+        return DictAction._parse_iterable(value)
+
 
 class _Parser(argparse.ArgumentParser):
     """One of several processes prints usage and errors."""

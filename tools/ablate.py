@@ -42,13 +42,12 @@ from pathlib import Path
 from run_matrix import read_csv, report_of, write_csv
 
 from pfcr_mm.cli import quant_config
-from pfcr_mm.engine.metrics import counted, titles
+from pfcr_mm.engine.metrics import agreements, titles
 from pfcr_mm.errors import UsageError
 
 METHODS = Path(__file__).parents[1] / 'configs' / '_base_' / 'methods'
 GRID = ('units*pos', 'loss', 'rounding', 'softmax', 'gelu', 'values', 'heads', 'means', 'padding',
         'zero_point')
-AGREEMENT = ('kl', 'same')  # of `AgreementHook`
 STATES = (('', 'quantized'), ('float_', 'float'), ('calibrated_', 'calibrated'))
 
 
@@ -244,7 +243,7 @@ def arguments_of(args, cell, seed):
     base = quant_config([args.config])
     options, more = [f'randomness.seed={seed}'], []
     # cells that calibrate alike do so once
-    options.append(f"quantize_cfg.calibration_dir={Path(args.work_dir) / 'calibrations'}")
+    options.append(f"quantize_cfg.calibration_dir='{Path(args.work_dir) / 'calibrations'}'")
     if args.total_iters:
         options.append(f'quantize_cfg.total_iters={args.total_iters}')
     for name, value in cell:
@@ -271,7 +270,7 @@ def row(stem, values, report):
         **{f'{prefix}{metric}': (report[state] or {}).get(metric)
            for prefix, state in STATES for metric in family},
         **{f'{prefix}{name}': value for prefix, state in STATES if state != 'float'
-           for name, value in counted(report.get('metrics', {}).get(state, {}), AGREEMENT).items()},
+           for name, value in agreements(report).get(state, {}).items()},
         iterations=sum(unit['iters'] for unit in report['units']),
         seconds=round(report['seconds']))
 

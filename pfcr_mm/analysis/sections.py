@@ -3,6 +3,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from ..engine.method import labels
+from ..engine.metrics import AGREEMENT, agreements
 from . import figures, signal_figures
 from .gallery import gallery
 from .tables import Table, brief, number, text
@@ -64,7 +65,7 @@ def results(report):
         section.missing.append(f'{_NO_RECORD}AP and time are not known. tools/test.py measures '
                                'the AP of the quantized model.')
     metrics = [m for m in _METRICS if any(m in report[s] for s in states)]
-    size = report.get('size_mb') or {}
+    size, agreement = report.get('size_mb') or {}, agreements(report)
     rows = []
     for state in states:
         cells = [text(names[state])]
@@ -73,11 +74,18 @@ def results(report):
             reference = (report.get('float') or {}).get(metric)
             share = report[state].get(metric, 0) / reference if reference else None
             cells.append(number(share, 1, 100))
+        if agreement:
+            found = agreement.get(state, {})
+            cells += [number(found.get('kl'), 3), number(found.get('same'), 1, 100)]
         rows.append([*cells, number(size.get('float' if state == 'float' else 'quantized'), 2)])
     if rows:
         head = [c for m in metrics for c in (_METRICS[m], '% of float')]
-        section.tables.append(Table('results', 'In percent; size in MB', ['', *head, 'size'], rows,
-                                    open=True))
+        title = 'In percent; size in MB'
+        if agreement:
+            head += AGREEMENT.values()
+            title += ('; divergence of class probabilities from the float model in nats, images '
+                      'given the same class')
+        section.tables.append(Table('results', title, ['', *head, 'size'], rows, open=True))
     _by_size(section, report, states, names)
     for metric, label in (('bbox', 'box'), ('segm', 'mask')):
         by_class = report.get('classes') or {}

@@ -41,11 +41,11 @@ def grid(ablate, tmp_path, monkeypatch):
         made.clear()
         out = tmp_path / 'out.csv'
         code = ablate.main([str(config), *map(str, arguments), '--out', str(out),
-                            '--work-dir', str(tmp_path / 'runs')])
+                            '--work-dir', str(call.work_dir)])
         return code, list(csv.DictReader(out.open())) if out.exists() else [], [*made]
 
     monkeypatch.setitem(ablate.report_of.__globals__, 'run', run)
-    call.folder = tmp_path
+    call.folder, call.work_dir = tmp_path, tmp_path / 'runs'
     return call
 
 
@@ -91,6 +91,13 @@ def test_methods(grid):
         ('pfcr', '0'), ('pfcr', '1'), ('calibrate', '0'), ('calibrate', '1')]
     assert [list(cfg.quantize_cfg.levels) for cfg in made[2:]] == [[], []]
     assert rows[2]['units'] == 'none' and rows[2]['pos'] == 'off'
+
+
+def test_a_work_dir_with_blanks_and_commas(grid):
+    grid.work_dir = grid.folder / 'runs, all of them'
+    code, _, made = grid('--grid', 'loss=mse', '--seeds', 0)
+    assert code == 0
+    assert made[0].quantize_cfg.calibration_dir == str(grid.work_dir / 'calibrations')
 
 
 def test_what_is_done_is_not_repeated(grid):

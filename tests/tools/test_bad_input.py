@@ -6,7 +6,7 @@ import pytest
 import torch
 from demo_runs import REPO, W4A4, arguments, run_tool
 
-from pfcr_mm.cli import quant_main
+from pfcr_mm.cli import quant_config, quant_main
 from pfcr_mm.cli import test_main as check_main
 from pfcr_mm.datasets import CLASSES, write_shapes
 
@@ -110,6 +110,19 @@ def test_command_line(args, word, capsys):
         quant_main([str(a) for a in args])
     assert stop.value.code == 2
     assert word in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize('text, value', [
+    ('my data/a b.pth', 'my data/a b.pth'),
+    ("'my data/a, b.pth'", 'my data/a, b.pth'),
+    ("'plain'", 'plain'),
+    (' 3 ', 3),
+    ('a, b', ['a', 'b']),
+    ("'[a, (1, 2)]'", ['a', (1, 2)]),
+], ids=['blanks', 'quoted comma', 'quotes', 'number', 'list', 'quoted list'])
+def test_values_of_the_command_line(text, value):
+    """Blanks of a path stay; MMEngine takes them away."""
+    assert quant_config([str(W4A4), '--cfg-options', f'load_from={text}']).load_from == value
 
 
 # --- config file ------------------------------------------------------------

@@ -59,7 +59,11 @@ def test_report(run):
     assert report['units'][-1]['name'] == 'backbone' and report['parts_without_chain'] == {}
     lines = (folder / 'report.md').read_text().splitlines()
     table = next(line for line in lines if 'size (MB)' in line)
-    assert [cell.strip() for cell in table.split('|')[2:5]] == ['top-1', 'top-5', 'size (MB)']
+    assert [cell.strip() for cell in table.split('|')[2:7]] == [
+        'top-1', 'top-5', 'divergence', 'same class', 'size (MB)']
+    last = [cell.strip() for cell in lines[lines.index(table) + 4].split('|')]
+    kl, same = near['quantized']
+    assert last[4:6] == [f'{kl:.3f}', f'{100 * same:.1f}']
     assert 'accuracy in percent' in lines[2]
 
 
@@ -67,7 +71,8 @@ def test_the_page_leaves_out_what_a_classifier_has_not(run):
     folder, *_ = run
     text = (folder / 'report.html').read_text()
     assert 'A classifier has no boxes or masks to draw' in text and 'top-1' in text
-    assert 'both models name the same class' in text and 'box AP' not in text
+    assert 'both models name the same class' in text and 'same class</th>' in text
+    assert 'box AP' not in text
     found = json.loads((folder / 'report.json').read_text())['diagnostics']
     assert found['agreement']['images'] == found['compared_images'] > 0
     assert not list((folder / 'report_figures').glob('detections*'))

@@ -15,7 +15,7 @@ from ...registry import HOOKS
 from ..fingerprint import fingerprint
 from ..loops import CHECKPOINT
 from ..method import labels, method_name
-from ..metrics import titles
+from ..metrics import AGREEMENT, agreements, titles
 from ..per_class import split_classes
 from ..phases import peak_memory_mb
 
@@ -96,11 +96,13 @@ def table(report):
         report (dict): see `build_report`.
 
     Returns:
-        list[str]: one row a state: box AP and mask AP, or top-1 and top-5 (in percent), size.
+        list[str]: one row a state: box AP and mask AP, or top-1 and top-5 (in percent), what
+        `AgreementHook` measured, size.
     """
     bits = report['bits']
     shown = titles(*(report.get(state) for state in _STATES))
-    rows = [('', *shown.values(), 'size (MB)')]
+    agreement = agreements(report)
+    rows = [('', *shown.values(), *(AGREEMENT.values() if agreement else ()), 'size (MB)')]
     for state, label in labels(report).items():
         metrics = report.get(state)
         if not metrics:
@@ -109,7 +111,7 @@ def table(report):
             label = f"W{bits['weight']}A{bits['activation']} {label}"
         size = report['size_mb']['float' if state == 'float' else 'quantized']
         rows.append((label, *(_percent(metrics, key, report.get('float'), state)
-                              for key in shown), f'{size:.2f}'))
+                              for key in shown), *_agreement(agreement, state), f'{size:.2f}'))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ['| ' + ' | '.join(cell.ljust(w) for cell, w in zip(row, widths)) + ' |'
              for row in rows]
@@ -165,3 +167,10 @@ def _percent(metrics, key, reference, state):
     if state != 'float' and reference and reference.get(key):
         text += f' ({100 * metrics[key] / reference[key]:.1f}%)'
     return text
+
+
+def _agreement(agreement, state):
+    if not agreement:
+        return ()
+    found = agreement.get(state)
+    return (f"{found['kl']:.3f}", f"{100 * found['same']:.1f}") if found else ('-', '-')
