@@ -121,9 +121,9 @@ class _Overrides(DictAction):
 
     @staticmethod
     def _parse_iterable(value):
-        """As MMEngine reads a value, but a path keeps its blanks, and in quotes its commas too."""
+        """As MMEngine reads it, but what is no list keeps its blanks, and in quotes its commas."""
         inner = value.strip('\'"')
-        brackets = inner.startswith(('[', '('))
+        brackets = inner[:1] + inner[-1:] in ('[]', '()')
         quoted = inner != value
         if not brackets and (quoted if ',' in inner else ' ' in inner.strip()):
             return inner

@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from .errors import FaultError
+from .errors import FaultError, UsageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -41,6 +41,15 @@ def write_atomically(path, content):
             raise FaultError(disk_full_line(error, path)) from None
         raise
     return len(content)
+
+
+def make_writable(folder, key):
+    """Make a folder, or raise UsageError, naming the config's key, where nothing can be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{key}='{folder}' cannot be written to: {error.strerror}") from None
 
 
 def remove_partial(folder):

@@ -18,12 +18,20 @@ def fingerprint(cfg):
         cfg (Config): whole, as the runner gets it; the seed is one of its keys.
     """
     content = {k: v for k, v in cfg.to_dict().items() if k not in _CIRCUMSTANCES}
-    if isinstance(content.get('model'), dict) and isinstance(content['model'].get('quant'), dict):
-        # with what it leaves to the code, which may have changed since a result was made
-        quant = QuantConfig.from_dict(content['model']['quant']).as_dict()
-        content['model'] = {**content['model'], 'quant': quant}
+    content['model'] = with_quant_defaults(content.get('model'))
     if content.get('quantize_cfg'):
         content['quantize_cfg'] = {k: v for k, v in content['quantize_cfg'].items()
                                    if k not in _OF_THE_LOOP}
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def with_quant_defaults(model):
+    """A model's config with what its `quant` leaves to the code, which may change with versions.
+
+    Args:
+        model (dict | None): of a config; None where it has none.
+    """
+    if not isinstance(model, dict) or not isinstance(model.get('quant'), dict):
+        return model
+    return {**model, 'quant': QuantConfig.from_dict(model['quant']).as_dict()}

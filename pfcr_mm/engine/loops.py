@@ -10,6 +10,7 @@ from mmengine.runner import BaseLoop
 
 from .. import parallel
 from ..errors import UsageError
+from ..files import make_writable
 from ..models import part_chains
 from ..models.checkpoint import save_quantized
 from ..models.reparam import fold_alike
@@ -181,6 +182,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
                     'val_evaluator')
             check_dataset(self.runner.cfg.val_dataloader.dataset, 'val_dataloader')
         self.cache.check()
+        if self.calibration_dir is not None:
+            make_writable(self.calibration_dir, 'quantize_cfg.calibration_dir')
         self.arrange()
         for (number, _), units in self.plan().items():
             for unit in units:

@@ -6,11 +6,13 @@ import platform
 import time
 import zlib
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from .. import parallel
+from ..errors import FaultError
 from ..models.reparam import fold_alike
 from ..models.state import load_model_state, model_state
 from ..reconstruction import UnitRecord
@@ -123,24 +125,39 @@ class Resumable:
                 self.note(f'resumed with {key} {value} after {before}: the result may differ in '
                           'its last bits from that of a run in one piece')
 
-    def leave_calibration(self):
-        """Calibration is done: others may begin with it, where `calibration_dir` says so."""
-        if self.calibration_dir is not None and parallel.is_main():
-            self._shared_calibrations().leave(self.state_dict())
-
     def take_calibration(self):
         """Go on from where another run was when its calibration was done, if one fits."""
         if self.calibration_dir is None:
             return
+        # what was before is each run's own
+        self._shareable_from = len(self.notes), self.elapsed()
         shared = self._shared_calibrations()
         state = parallel.from_main(lambda: shared.take(self.runner.logger.warning))
         if state is not None:
+            own = list(self.notes)
             self._adopt(state)
+            self.notes = own + self.notes
             self.note(f'calibration is that of another run, from {shared.path}; its seconds are '
                       'counted in')
 
+    def leave_calibration(self):
+        """Calibration is done: others may begin with it, where `calibration_dir` says so."""
+        if self.calibration_dir is None or not parallel.is_main():
+            return
+        notes, seconds = self._shareable_from
+        state = self.state_dict()
+        state.update(notes=state['notes'][notes:], seconds=state['seconds'] - seconds,
+                     checkpoint_seconds=0.0)
+        shared = self._shared_calibrations()
+        try:
+            shared.leave(state)
+        except (OSError, FaultError) as error:
+            self.runner.logger.warning(
+                f'this calibration is not shared, {shared.path} cannot be written: {error}')
+
     def _shared_calibrations(self):
-        return SharedCalibrations(self.calibration_dir, self.identity, environment())
+        return SharedCalibrations(
+            self.calibration_dir, self.identity, environment(), self.runner.cfg)
 
     def elapsed(self):
         """Seconds of the run so far, its earlier pieces included."""
@@ -181,6 +198,17 @@ def _unpack(boxes):
 
 def environment():
     """What the last bits of a result depend on, beside the config."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=device,
                 processes=parallel.world_size())
+
+
+@cache
+def _processor():
+    """The processor's model, and which of its instructions torch uses."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        model = next(line.partition(':')[2].strip() for line in lines if 'model name' in line)
+    except (OSError, StopIteration):  # not Linux, or not x86
+        model = platform.processor() or platform.machine()
+    return f'{model} ({torch.backends.cpu.get_cpu_capability()})'

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UsageError
 from ..files import remove_partial, write_atomically
+from .fingerprint import with_quant_defaults
 
 FORMAT = 'pfcr_mm.run/1'
 FOLDER = 'resume'
@@ -154,12 +155,15 @@ def identity(cfg, **content):
     Returns:
         dict[str, str]: value as text by dotted key.
     """
-    picked = {key: cfg.get(key) for key in ('model', 'quantize_cfg', 'test_dataloader',
-                                            'test_evaluator', 'test_cfg', 'randomness')}
+    names = ['quantize_cfg', 'test_dataloader', 'test_evaluator', 'test_cfg', 'randomness']
+    if (cfg.get('quantize_cfg', {}).get('evaluate') or {}).get('val'):
+        names += ['val_dataloader', 'val_evaluator', 'val_cfg']
+    picked = {key: cfg.get(key) for key in names}
+    picked['model'] = with_quant_defaults(cfg.get('model'))
     picked['train_dataloader'] = dict(
         dataset=(cfg.get('train_dataloader') or {}).get('dataset'))
     flat = {}
-    _flatten(picked, '', flat)
+    _flatten(plain(picked), '', flat)
     flat = {key: value for key, value in flat.items() if not _NO_MATTER.match(key)}
     return {**flat, **content}
 
@@ -217,8 +221,8 @@ def _flatten(value, key, flat):
     elif isinstance(value, (list, tuple)) and any(isinstance(v, dict) for v in value):
         for index, child in enumerate(value):
             _flatten(child, f'{key}.{index}', flat)
-    elif value is not None:
-        flat[key] = repr(list(value) if isinstance(value, tuple) else value)
+    else:
+        flat[key] = repr(value)
 
 
 def _short(text):

@@ -2,7 +2,9 @@
 import hashlib
 import json
 import re
+import sys
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import UsageError
@@ -13,6 +15,9 @@ _RECONSTRUCTS = re.compile(
     r'quantize_cfg\.(levels|head_levels|traversal|pos|reconstruction|head_reconstruction|rois|'
     r'total_iters|expected|evaluate\.calibrated)(\.|$)')
 _PACKAGE = Path(__file__).parents[1]
+# Packages whose versions may change bits or metrics; torch's is in the environment.
+_PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'timm', 'numpy', 'pycocotools', 'torchvision', 'pillow',
+             'opencv-python', 'opencv-python-headless')
 
 
 class SharedCalibrations:
@@ -20,25 +25,21 @@ class SharedCalibrations:
 
     A state fits a run whose `identity` is the same in all that calibration depends on (model,
     weights, images, seed, `quantize_cfg.calibration`, what the float model is measured with),
-    on a machine and with code that give the same bits.
+    on a machine and with code that give the same bits: this package, modules of
+    `custom_imports`, installed packages. Images and annotations that the float model is
+    measured on are known by their config alone; who replaces those files takes another folder.
 
     Args:
-        folder (str | Path): made where it is missing.
+        folder (str | Path): that is there.
         identity (dict[str, str]): of the run, see `resume.identity`.
         environment (dict): see `resumable.environment`.
-
-    Raises:
-        UsageError: the folder cannot be made.
+        cfg (Config): of the runner.
     """
 
-    def __init__(self, folder, identity, environment):
+    def __init__(self, folder, identity, environment, cfg):
         self.identity = {k: v for k, v in identity.items() if not _RECONSTRUCTS.match(k)}
-        key = json.dumps([self.identity, environment, _code()], sort_keys=True)
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"quantize_cfg.calibration_dir='{folder}' cannot be written to: "
-                             f'{error.strerror}') from None
+        key = json.dumps([self.identity, environment, _versions(), _CODE, _imported(cfg)],
+                         sort_keys=True)
         self.path = Path(folder) / f'{hashlib.sha256(key.encode()).hexdigest()[:16]}.pth'
 
     def take(self, warn):
@@ -60,10 +61,35 @@ class SharedCalibrations:
         write_run(self.path, state)
 
 
-@cache
-def _code():
-    """Hash of this package's sources: another version may calibrate otherwise."""
+def _hash_of(*paths):
+    """Of the contents of Python files, and of all in folders."""
     found = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob('*.py')):
-        found.update(path.read_bytes())
+    for root in paths:
+        for path in sorted(root.rglob('*.py')) if root.is_dir() else [root]:
+            found.update(f'{path.relative_to(root)} {path.stat().st_size} '.encode())
+            found.update(path.read_bytes())
     return found.hexdigest()
+
+
+# Taken as it is imported: sources may be edited while a run goes on.
+_CODE = _hash_of(_PACKAGE)
+
+
+@cache
+def _versions():
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _imported(cfg):
+    """Hash of the modules that the config imports, and what it hooks into the runner."""
+    names = (cfg.get('custom_imports') or {}).get('imports') or []
+    names = [names] if isinstance(names, str) else names
+    files = [getattr(sys.modules.get(name), '__file__', None) for name in names]
+    return [_hash_of(*(Path(f) for f in files if f)),
+            repr([cfg.get(key) for key in ('custom_hooks', 'env_cfg', 'default_scope')])]

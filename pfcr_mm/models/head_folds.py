@@ -157,6 +157,8 @@ def _fold(free, fold):
     """Take what is folded back, and fold anew. Sums in double, whatever the device makes faster."""
     now = {key: value.double() for key, value in free.folded.items()}
     new = {key: value.to(free.qkv.weight.device).double() for key, value in fold.items()}
+    if now.keys() != new.keys():
+        raise ValueError(f'a fold of {list(new)} for buffers {list(now)}')
     size = free.qkv.out_features // 3 // free.attention.num_heads
     turn = hadamard(size).to(free.qkv.weight.device)
     if now.get('turned', 0) > 0:

@@ -57,8 +57,9 @@ class AdaRound(Rounding):
     the rectified sigmoid saturates; else weights decided once could never move.
 
     Args:
-        weight_of_loss (float): factor of the regulariser, which is averaged over
-            the layer's weights.
+        weight_of_loss (float): factor of the regulariser, which is averaged over the layer's
+            weights. Published code sums it times 0.01 beside a loss summed over channels: 10
+            is that for a thousand weights a channel of the unit's output.
         warmup (float): share of the optimisation without regulariser.
         beta (tuple[float]): exponent at the end of the warm-up and at the end.
         reopen (float): bound on |v| when a unit is entered.
@@ -66,7 +67,7 @@ class AdaRound(Rounding):
 
     ZETA, GAMMA = 1.1, -0.1
 
-    def __init__(self, weight_of_loss=0.1, warmup=0.2, beta=(20.0, 2.0), reopen=2.2):
+    def __init__(self, weight_of_loss=10.0, warmup=0.2, beta=(20.0, 2.0), reopen=2.2):
         super().__init__()
         self.weight_of_loss = weight_of_loss
         self.warmup = warmup

@@ -2,12 +2,11 @@
 import mmap
 import os
 import tempfile
-from pathlib import Path
 
 import torch
 
 from ..errors import FaultError, UsageError
-from ..files import is_disk_full
+from ..files import is_disk_full, make_writable
 
 _ALIGNMENT = 64  # bytes: of a tensor in a file, as torch aligns its own
 
@@ -37,14 +36,8 @@ class FeatureCache:
 
     def check(self):
         """Make the folder, or raise UsageError where nothing can be written there."""
-        if self.folder is None or self.limit == float('inf'):
-            return
-        try:
-            Path(self.folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise UsageError(f"quantize_cfg.cache_dir='{self.folder}' cannot be written to: "
-                             f'{error.strerror}') from None
+        if self.folder is not None and self.limit < float('inf'):
+            make_writable(self.folder, 'quantize_cfg.cache_dir')
 
     def shelf(self):
         """A place for the states of one stream, in the cache's storage type."""

@@ -175,10 +175,11 @@ class APHLoss(_OrOther):
     """Squared error weighted by the average perturbed Hessian (APHQ-ViT, arXiv 2504.02508).
 
     The weight of an output element is how much the gradient of the final distance changes
-    when all elements are moved by a little, mean over images; images of several sizes
-    share one weight a channel. The distance is the KL divergence of a classifier's logits,
-    else the squared error of the final outputs, relative to their mean square. A unit that
-    ends the chain has nothing behind it and takes `other`.
+    when all elements are moved by a little, up or down by chance, mean over images (the paper
+    moves all of them up, which a LayerNorm behind the unit does not see: nothing would change
+    but last digits); images of several sizes share one weight a channel. The distance is the KL
+    divergence of a classifier's logits, else the squared error of the final outputs, relative to
+    their mean square. A unit that ends the chain has nothing behind it and takes `other`.
 
     Args:
         step (float): the move, relative to the output's root mean square over all images.
@@ -225,7 +226,8 @@ class APHLoss(_OrOther):
             with torch.no_grad():
                 wanted = context.view.finish(state)
             found = [abs(up - down) for up, down in zip(
-                *(self._gradient(context.view, state, wanted, finals, [sign * m for m in moves])
+                *(self._gradient(context.view, state, wanted, finals, [
+                    sign * move * random_signs(x) for move, x in zip(moves, state.tensors)])
                   for sign in (1, -1)))]
             for i, (change, x) in enumerate(zip(found, state.tensors)):
                 if not fixed:  # all positions alike
@@ -266,6 +268,12 @@ class APHLoss(_OrOther):
             distance = sum(_row_squares(a - b) / power
                            for a, b, power in zip(found, wanted, finals))
         return torch.autograd.grad(distance, moved)
+
+
+def random_signs(x):
+    """1 or -1 for each element of a row of x (R, ...), the same for all rows and runs."""
+    signs = torch.randint(2, x.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (2 * signs - 1).to(x)
 
 
 def _row_squares(x):

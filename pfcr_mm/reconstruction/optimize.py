@@ -29,7 +29,9 @@ class UnitConfig:
         batch_size (int): images a step.
         weight_lr (float): Adam rate of latent weights of up to 4 bits; those of more bits have
             it in proportion to their step.
-        adaround_lr (float): Adam rate of AdaRound variables.
+        adaround_lr (float | None): Adam rate of AdaRound variables, which does not decay: they are
+            to come to a decision. None is 24 / iters, at least 1e-3: what published runs of
+            20,000 iterations have, and in short ones the same way to go.
         scale_lr (float): rate of activation scales, relative to the scale.
         weight_scale_lr (float): rate of weight scales, relative; 0 keeps them.
         bias_lr (float): rate of biases.
@@ -49,7 +51,7 @@ class UnitConfig:
     iters: int = 200
     batch_size: int = 8
     weight_lr: float = 5e-4
-    adaround_lr: float = 1e-2
+    adaround_lr: float | None = None
     scale_lr: float = 5e-3
     weight_scale_lr: float = 1e-3
     bias_lr: float = 5e-4
@@ -70,6 +72,8 @@ class UnitConfig:
         for name in ('weight_lr', 'adaround_lr', 'scale_lr', 'weight_scale_lr', 'bias_lr',
                      'norm_lr', 'clip_grad'):
             value = getattr(self, name)
+            if value is None and name == 'adaround_lr':
+                continue
             if not _is_number(value) or value < 0:
                 raise UsageError(f'{name}={value!r} is not a number of 0 or more')
         if not 0 <= self.input_mix <= 1:
@@ -80,6 +84,11 @@ class UnitConfig:
         check_autocast(self.autocast)
         if not isinstance(self.compile, bool):
             raise UsageError(f'compile={self.compile!r} is neither True nor False')
+
+    @property
+    def rounding_lr(self):
+        """`adaround_lr` in force."""
+        return max(1e-3, 24 / self.iters) if self.adaround_lr is None else self.adaround_lr
 
     @classmethod
     def build(cls, base, level, key='reconstruction', more=None):
@@ -313,9 +322,9 @@ class LearnedParameters:
     def __enter__(self):
         config, groups = self.config, {}
 
-        def add(parameter, lr):
+        def add(parameter, lr, decays=True):
             if lr > 0:
-                groups.setdefault(lr, []).append(parameter)
+                groups.setdefault((lr, decays), []).append(parameter)
 
         self.clipped = []
         roots = () if self.learn_weights == 'fixed' else self.modules
@@ -329,7 +338,7 @@ class LearnedParameters:
                     if own:
                         self.open.append(layer)
                     for parameter in own:
-                        add(parameter, config.adaround_lr)
+                        add(parameter, config.rounding_lr, decays=False)
                     if not own:  # AdaRound's up or down holds for one scale only
                         add(layer.weight_quantizer.log_scale, config.weight_scale_lr)
                 if layer.bias is not None:
@@ -351,15 +360,17 @@ class LearnedParameters:
         if self.parameters:
             self.precision = Precision(config.autocast, self.parameters[0].device)
             self.optimizer = torch.optim.Adam(
-                [dict(params=params, lr=lr, base_lr=lr) for lr, params in groups.items()],
+                [dict(params=params, lr=lr, base_lr=lr, decays=decays)
+                 for (lr, decays), params in groups.items()],
                 fused=all(p.device.type in ('cpu', 'cuda') for p in self.parameters))
         return self
 
     def set_progress(self, progress):
-        """Cosine decay of all rates to zero."""
+        """Cosine decay to zero of all rates but AdaRound's."""
         factor = 0.5 * (1 + math.cos(math.pi * progress))
         for group in self.optimizer.param_groups:
-            group['lr'] = group['base_lr'] * factor
+            if group['decays']:
+                group['lr'] = group['base_lr'] * factor
 
     def backward(self, chain, unit, batch, loss_of, progress, limit):
         """This process's part of the gradient of one step, `limit` images at a time.

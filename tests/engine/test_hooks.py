@@ -58,7 +58,6 @@ def test_agreement_by_hand():
     loop = SimpleNamespace(teacher=twin, open_phase=SimpleNamespace(name='evaluate float'))
     runner = SimpleNamespace(quantize_loop=loop)
     hook = HOOKS.build(dict(type='pfcr_mm.AgreementHook'))
-    hook.before_quantize(runner)
     found = []
     for phase, batches in (('float', [sample('a', 0.5, 0.5)]),
                            ('quantized', [sample('a', 0.25, 0.75), sample('b', 0.8, 0.2)])):
@@ -77,10 +76,21 @@ def test_agreement_by_hand():
 
 def test_agreement_leaves_detectors_alone():
     hook, metrics = HOOKS.build(dict(type='pfcr_mm.AgreementHook')), {'coco/bbox_mAP': 0.5}
-    hook.before_quantize(None)
     hook.after_test_iter(None, 0, None, [BaseDataElement(pred_instances=None)])
     hook.after_test_epoch(None, metrics)
     assert metrics == {'coco/bbox_mAP': 0.5}
+
+
+@pytest.mark.parametrize('runner', [
+    SimpleNamespace(), SimpleNamespace(quantize_loop=SimpleNamespace(open_phase=None))],
+    ids=['stock runner', 'tools/sensitivity.py'])
+def test_agreement_outside_a_run(runner):
+    hook, metrics = HOOKS.build(dict(type='pfcr_mm.AgreementHook')), {'imagenet/top1': 0.5}
+    hook.before_test_epoch(runner)
+    scores = BaseDataElement(img_path='a', pred_scores=torch.tensor([0.5, 0.5]))
+    hook.after_test_iter(runner, 0, None, [scores])
+    hook.after_test_epoch(runner, metrics)
+    assert metrics == {'imagenet/top1': 0.5}
 
 
 # --- ManifestGuardHook in a stock Runner ------------------------------------

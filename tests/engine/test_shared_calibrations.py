@@ -1,4 +1,6 @@
 """Runs that differ only in what follows calibration may share it, and come to the same bytes."""
+import json
+
 import pytest
 from demo_runs import W4A4, arguments, load_tool
 from mmengine.logging import MMLogger
@@ -7,6 +9,7 @@ from pfcr_mm.cli import quant_config, quant_main
 from pfcr_mm.engine.loops import PFCRLoop
 from pfcr_mm.engine.resume import identity
 from pfcr_mm.engine.shared_calibrations import SharedCalibrations
+from pfcr_mm.errors import FaultError
 
 kill_test = load_tool('dev/kill_test')
 
@@ -58,7 +61,39 @@ def test_the_second_run_begins_with_it_and_ends_with_the_same_bytes(run, tmp_pat
                     'in')
 
 
+def test_each_run_has_its_own_notes_and_seconds(run, tmp_path):
+    """What the first was told of its config is not the second's, and the other way round."""
+    run('first', ['quantize_cfg.levels=[leaf]', 'quantize_cfg.head_levels=[]',
+                  'quantize_cfg.pos.stage1_levels=[block]'])
+    folder, calibrated = run('second', FIRST)
+    assert calibrated == 0
+    report = json.loads((folder / 'report.json').read_text())
+    first = json.loads((tmp_path / 'first' / 'report.json').read_text())
+    [own] = [note for note in first['notes'] if 'POS stage 1 has no units' in note]
+    assert own not in report['notes']
+    shared = sum(first['phases'][name]['seconds'] for name in ('evaluate float', 'calibrate'))
+    assert report['phases']['calibrate'] == first['phases']['calibrate']
+    assert report['seconds'] > shared
+    folder, _ = run('third', ['quantize_cfg.levels=[leaf]', 'quantize_cfg.head_levels=[]',
+                              'quantize_cfg.pos.stage1_levels=[pair]'])
+    assert any('stage 1 has no units' in note
+               for note in json.loads((folder / 'report.json').read_text())['notes'])
+
+
+def test_a_calibration_that_cannot_be_left_is_told(run, tmp_path, monkeypatch):
+    def full(self, state):
+        raise FaultError('disk full')
+
+    monkeypatch.setattr(SharedCalibrations, 'leave', full)
+    folder, _ = run('first', FIRST)
+    [log] = folder.glob('*/*.log')
+    assert 'this calibration is not shared' in log.read_text()
+
+
 @pytest.mark.parametrize('option, same', [
+    ('model.quant.first_last_bits=None', False), ('model.quant.first_last_bits=8', True),
+    ('model.quant.post_gelu=None', False), ('quantize_cfg.evaluate.val=True', False),
+    ('custom_imports.imports=[json]', False), ('env_cfg.cudnn_benchmark=True', False),
     ('quantize_cfg.calibration.rows=64', False), ('model.quant.weight_bits=3', False),
     ('randomness.seed=5', False), ('test_dataloader.dataset.num_images=5', False),
     ('quantize_cfg.evaluate.float=False', False), ('quantize_cfg.parts=[neck]', False),
@@ -66,9 +101,17 @@ def test_the_second_run_begins_with_it_and_ends_with_the_same_bytes(run, tmp_pat
     ('quantize_cfg.reconstruction.per_level.pair.iters=9', True),
     ('quantize_cfg.evaluate.calibrated=False', True), ('quantize_cfg.levels=[leaf]', True)])
 def test_what_calibration_depends_on_names_the_file(tiny_run, tmp_path, option, same):
-    paths = {SharedCalibrations(tmp_path, identity(quant_config(arguments(
-        W4A4, None, tmp_path, [*tiny_run.options, *more]))), {}).path for more in ([], [option])}
+    cfgs = [quant_config(arguments(W4A4, None, tmp_path, [*tiny_run.options, *more]))
+            for more in ([], [option])]
+    paths = {SharedCalibrations(tmp_path, identity(cfg), {}, cfg).path for cfg in cfgs}
     assert len(paths) == (1 if same else 2)
+
+
+def test_another_val_set_is_another_identity_where_it_is_measured(tiny_run, tmp_path):
+    base = [*tiny_run.options, 'quantize_cfg.evaluate.val=True']
+    one, other = (identity(quant_config(arguments(W4A4, None, tmp_path, [*base, *more])))
+                  for more in ([], ['val_evaluator.ann_file=other.json']))
+    assert {k for k in one if one[k] != other[k]} == {'val_evaluator.ann_file'}
 
 
 def test_a_damaged_file_is_told_and_replaced(run, tmp_path):
@@ -84,9 +127,10 @@ def test_a_damaged_file_is_told_and_replaced(run, tmp_path):
 
 
 def test_other_code_or_threads_have_a_file_of_their_own(tmp_path, monkeypatch):
-    paths = [SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=n)).path for n in (1, 1, 2)]
-    monkeypatch.setattr('pfcr_mm.engine.shared_calibrations._code', lambda: 'another version')
-    paths.append(SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=1)).path)
+    paths = [SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=n), {}).path
+             for n in (1, 1, 2)]
+    monkeypatch.setattr('pfcr_mm.engine.shared_calibrations._CODE', 'another version')
+    paths.append(SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=1), {}).path)
     assert paths[0] == paths[1] and len(set(paths)) == 3
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_classifiers import build_classifier, pictures
 from toy_chains import chain_of, stream, toy
 
@@ -22,7 +23,13 @@ from pfcr_mm.reconstruction import (
 )
 from pfcr_mm.reconstruction.build_loss import build_loss, check_loss, loss_wants
 from pfcr_mm.reconstruction.capture import Stream, advance
-from pfcr_mm.reconstruction.guided_losses import APHLoss, LossContext, MixedLoss, head_kl
+from pfcr_mm.reconstruction.guided_losses import (
+    APHLoss,
+    LossContext,
+    MixedLoss,
+    head_kl,
+    random_signs,
+)
 from pfcr_mm.reconstruction.views import FINAL, LAYERS, UNIT, UnitView
 
 DEVICE = torch.device('cpu')
@@ -114,7 +121,7 @@ def test_a_target_all_missed_costs_one_with_aph(classifier):
 
 
 def test_aph_of_a_linear_rest_is_its_gram_matrix_times_the_move():
-    """The rest y = x W with a squared distance: the curvature is 2 W W^T 1 per element."""
+    """The rest y = x W with a squared distance: the curvature is 2 W W^T s, s being the signs."""
     torch.manual_seed(1)
     weight = torch.randn(3, 4)
     view = SimpleNamespace(
@@ -123,10 +130,29 @@ def test_aph_of_a_linear_rest_is_its_gram_matrix_times_the_move():
     outputs = Stream([State((torch.randn(1, 5, 3), )) for _ in range(4)])
     targets = [s.tensors for s in outputs.states]
     loss_of = build_loss('aph', targets, -1, LossContext(view, outputs, DEVICE))
-    expected = (weight @ weight.t()).sum(1).abs()
+    signs = random_signs(targets[0][0])
+    assert set(signs.unique().tolist()) == {-1, 1}
+    expected = (signs @ weight @ weight.t()).abs()
     found = loss_of.weights[0][0]
     ratio = found / expected
     assert torch.allclose(ratio, ratio[:1, :1].expand_as(ratio), rtol=1e-3)
+
+
+def test_aph_sees_through_a_layer_norm():
+    """Moving all channels alike would be nothing to it, and the weights its rounding errors."""
+    torch.manual_seed(1)
+    weight, tensors = torch.randn(8, 4), [torch.randn(1, 5, 8) for _ in range(4)]
+    found = []
+    for w in (weight, weight.double()):
+        view = SimpleNamespace(
+            unit=SimpleNamespace(layer='', stop=1), leaves=[0, 1], gives='maps',
+            finish=lambda state, w=w: (F.layer_norm(state.tensors[0].to(w), (8, )) @ w, ))
+        outputs = Stream([State((t, )) for t in tensors])
+        loss_of = build_loss('aph', [s.tensors for s in outputs.states], -1,
+                             LossContext(view, outputs, DEVICE))
+        found.append(loss_of.weights[0].double())
+    assert found[0].min() > 0
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * found[1].mean().item())
 
 
 def test_units_that_end_together_share_their_curvature(classifier, monkeypatch):

@@ -116,10 +116,11 @@ def test_command_line(args, word, capsys):
     ('my data/a b.pth', 'my data/a b.pth'),
     ("'my data/a, b.pth'", 'my data/a, b.pth'),
     ("'plain'", 'plain'),
+    ('(old) runs', '(old) runs'),
     (' 3 ', 3),
     ('a, b', ['a', 'b']),
     ("'[a, (1, 2)]'", ['a', (1, 2)]),
-], ids=['blanks', 'quoted comma', 'quotes', 'number', 'list', 'quoted list'])
+], ids=['blanks', 'quoted comma', 'quotes', 'bracket', 'number', 'list', 'quoted list'])
 def test_values_of_the_command_line(text, value):
     """Blanks of a path stay; MMEngine takes them away."""
     assert quant_config([str(W4A4), '--cfg-options', f'load_from={text}']).load_from == value

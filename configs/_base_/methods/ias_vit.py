@@ -11,4 +11,6 @@ quantize_cfg = dict(
                  reconstruction=dict(input_mix=0.0)),
             dict()
         ]),
-    reconstruction=dict(loss='mse', scale_lr=0.0, weight_scale_lr=0.0))
+    reconstruction=dict(
+        loss='mse', scale_lr=0.0, weight_scale_lr=0.0, input_mix=1.0, keep_prob=1.0),
+    head_reconstruction=dict(input_mix=1.0, keep_prob=1.0))

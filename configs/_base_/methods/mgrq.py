@@ -6,8 +6,8 @@ quantize_cfg = dict(
     calibration=dict(method='percentile'), levels=['block'], head_levels=['chain'],
     pos=dict(mode='off'),
     reconstruction=dict(
-        input_mix=0.5, bias_lr=0.0,
+        input_mix=0.5, keep_prob=1.0, bias_lr=0.0,
         loss=dict(
             _delete_=True, type='mixed',
             terms=[dict(type='mse'), dict(type='final'), dict(type='layers')])),
-    head_reconstruction=dict(loss='mse'))
+    head_reconstruction=dict(loss='mse', input_mix=0.5, keep_prob=1.0))

@@ -19,11 +19,12 @@ class AgreementHook(Hook):
     accuracies do, whose images mostly are not at stake.
 
     The float probabilities are those of the evaluation of the float model; images that it has
-    not seen in this process are given to the loop's float twin.
+    not seen in this process are given to the loop's float twin, whose folds change last digits.
+    They stay in memory until the run ends: 4 MB for 1000 images of 1000 classes. Outside a
+    quantization run nothing is added.
     """
 
-    def before_quantize(self, runner):
-        """Nothing is known yet."""
+    def __init__(self):
         self.floats = {}  # image path -> logarithms of the float probabilities (classes,)
         self.found = {}  # image path -> (divergence, whether the class is the same)
 
@@ -35,9 +36,11 @@ class AgreementHook(Hook):
         """Compare a batch."""
         if not outputs or 'pred_scores' not in outputs[0]:
             return
+        loop = getattr(runner, 'quantize_loop', None)
+        if getattr(loop, 'open_phase', None) is None:
+            return
         scores = _logarithms(outputs)
         if not scores.keys() <= self.floats.keys():
-            loop = runner.quantize_loop
             is_float = loop.open_phase.name == 'evaluate float'
             floats = scores if is_float else _logarithms(
                 loop.teacher.test_step(copy.deepcopy(data_batch)))
