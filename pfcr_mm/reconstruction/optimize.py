@@ -30,8 +30,9 @@ class UnitConfig:
         weight_lr (float): Adam rate of latent weights of up to 4 bits; those of more bits have
             it in proportion to their step.
         adaround_lr (float | None): Adam rate of AdaRound variables, which does not decay: they are
-            to come to a decision. None is 24 / iters, at least 1e-3: what published runs of
-            20,000 iterations have, and in short ones the same way to go.
+            to come to a decision. None is 20 / iters: 1e-3 for the 20,000 iterations of published
+            runs, and in shorter ones the same way to go, but 0.1 at most, beyond which they
+            overshoot.
         scale_lr (float): rate of activation scales, relative to the scale.
         weight_scale_lr (float): rate of weight scales, relative; 0 keeps them.
         bias_lr (float): rate of biases.
@@ -88,7 +89,7 @@ class UnitConfig:
     @property
     def rounding_lr(self):
         """`adaround_lr` in force."""
-        return max(1e-3, 24 / self.iters) if self.adaround_lr is None else self.adaround_lr
+        return min(20 / self.iters, 0.1) if self.adaround_lr is None else self.adaround_lr
 
     @classmethod
     def build(cls, base, level, key='reconstruction', more=None):

@@ -211,6 +211,32 @@ def test_fine_weights_have_small_rates(bits, share, learns):
         assert rates[layers.fine.bias] == QUICK.bias_lr
 
 
+@pytest.mark.parametrize('iters, lr, rate', [
+    (20000, None, 1e-3), (1000, None, 0.02), (20, None, 0.1), (20, 0.3, 0.3)])
+def test_rate_of_adaround(iters, lr, rate):
+    """The same way to go in runs of any length; it does not decay like the others."""
+    model, _, _ = toy('adaround')
+    chain = chain_of(model)
+    modules = unit_modules(chain, units_of(chain, 'block')[0])
+    config = UnitConfig(iters=iters, adaround_lr=lr)
+    with LearnedParameters(modules, config, 'rounding') as learned:
+        variables = {layer.rounding.v for layer in learned.open}
+        learned.set_progress(0.75)
+        for group in learned.optimizer.param_groups:
+            own = variables.issuperset(group['params'])
+            assert own or not variables & set(group['params'])
+            assert group['lr'] == pytest.approx(rate if own else 0.14644660941 * group['base_lr'])
+
+
+def test_adaround_comes_to_a_decision():
+    """Its network behind the last step is the one that is evaluated."""
+    model, teacher, inputs = toy('adaround')
+    run(model, teacher, inputs, ['block'], UnitConfig(iters=120, batch_size=4))
+    found = torch.cat([layer.rounding.rectified().flatten() for layer in model.modules()
+                       if isinstance(layer, QuantLayer)])
+    assert ((found - 0.5).abs() > 0.4).float().mean() > 0.95
+
+
 def test_learned_parameters_close_on_an_error():
     model, _, _ = toy('adaround')
     chain = chain_of(model)

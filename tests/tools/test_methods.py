@@ -27,17 +27,17 @@ def base(tmp_path_factory):
     return base
 
 
-def arguments(base, method, folder, *more):
+def arguments(base, method, folder, *more, config=W4A4):
     path = REPO / 'configs' / '_base_' / 'methods' / f'{method}.py'
     return [*demo_runs.arguments(
-        W4A4, base / 'float.pth', folder, (*options(base / 'images'), *more)),
+        config, base / 'float.pth', folder, (*options(base / 'images'), *more)),
         '--method', str(path)]
 
 
-def planned(base, method, folder, *more):
+def planned(base, method, folder, *more, config=W4A4):
     """(loop, all units with their stage) that a method plans."""
     MMLogger._instance_dict.clear()
-    cfg = quant_config(arguments(base, method, folder, *more))
+    cfg = quant_config(arguments(base, method, folder, *more, config=config))
     cfg.visualizer = dict(type='Visualizer', name=str(folder))
     loop = build_runner(cfg).build_quantize_loop()
     loop.rehearse()
@@ -85,6 +85,27 @@ def test_a_method_with_something_of_its_own_runs(method, base, tmp_path):
     assert report['units'] and set(report['quantized']) == {'top1', 'top5'}
     assert all(unit['loss_after'] is not None for unit in report['units'])
     assert report['notes'] == []
+
+
+@pytest.mark.parametrize('method, mixes, keeps', [
+    ('adaquant', [1], 1), ('brecq', [1, 1], 1), ('ias_vit', [0, 1], 1), ('mgrq', [0.5], 1),
+    ('qdrop', [0.5], 0.5)])
+def test_a_method_brings_its_own_inputs(method, mixes, keeps, base, tmp_path):
+    """Whatever the config is it is laid over."""
+    for own in (0.25, 1.0):
+        config = tmp_path / f'own_{own}.py'
+        config.write_text(f"_base_ = '{W4A4}'\nquantize_cfg = dict(reconstruction=dict("
+                          f'input_mix={own}, keep_prob={own}))\n')
+        loop, units = planned(base, method, tmp_path / config.stem, config=config)
+        configs = [(n, loop.unit_config(n, unit)) for n, unit in units if unit.chain == 'backbone']
+        for stage, mix in enumerate(mixes, 1):
+            assert {c.input_mix for n, c in configs if n == stage} == {mix}
+        assert {c.keep_prob for _, c in configs} == {keeps}
+
+
+def test_brecq_does_not_fit_weights_to_quantized_inputs(base, tmp_path):
+    loop, _ = planned(base, 'brecq', tmp_path)
+    assert loop.calibration['compensate'] is None and not loop.calibration['feed_back']
 
 
 def test_stages_of_brecq(base, tmp_path):
