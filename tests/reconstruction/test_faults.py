@@ -154,7 +154,8 @@ def names(model):
     (lambda m: m.branches[1].fc2.input_quantizer.log_scale.fill_(100.),
      ['branches.1.fc2.input_quantizer', 'scale']),
     # the quantizer behind clips it, but its scale's gradient is not finite
-    (lambda m: m.branches[1].norm.weight.fill_(3e38), ['branches.1.fc1.input_quantizer', 'log_scale']),
+    (lambda m: m.branches[1].norm.weight.fill_(3e38),
+     ['branches.1.fc1.input_quantizer', 'log_scale']),
 ], ids=['weight', 'scale', 'activation'])
 def test_a_unit_that_diverges_is_named_and_restored(harm, words, spoilt):
     model, teacher, inputs = toy(branches=4, images=12)
