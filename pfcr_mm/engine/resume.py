@@ -23,7 +23,7 @@ FIGURES = 'report_figures'
 # How a run is done and watched, not what comes out.
 _NO_MATTER = re.compile(
     r'quantize_cfg\.(on_nonfinite|cache_memory_mb|cache_dir|calibration_dir)'
-    r'|test_dataloader\.(num_workers|persistent_workers|pin_memory|prefetch_factor)')
+    r'|(test|val)_dataloader\.(num_workers|persistent_workers|pin_memory|prefetch_factor)')
 _FOLLOWS = ('seed', 'calibration images')
 _NAME = re.compile(r'\d{6}\.pth')
 

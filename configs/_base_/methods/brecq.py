@@ -5,7 +5,8 @@ model = dict(
         rounding='adaround', reparam=False, softmax=dict(kind='uniform', granularity='tensor'),
         matmul_granularity='tensor'))
 quantize_cfg = dict(
-    calibration=dict(method='mse', compensate=None, feed_back=False), levels=['block'], head_levels=['chain'],
+    calibration=dict(method='mse', compensate=None, feed_back=False),
+    levels=['block'], head_levels=['chain'],
     pos=dict(
         mode='steps',
         steps=[
