@@ -109,8 +109,9 @@ def test_what_calibration_depends_on_names_the_file(tiny_run, tmp_path, option, 
 
 def test_another_val_set_is_another_identity_where_it_is_measured(tiny_run, tmp_path):
     base = [*tiny_run.options, 'quantize_cfg.evaluate.val=True']
+    changed = ['val_evaluator.ann_file=other.json', 'val_dataloader.num_workers=3']
     one, other = (identity(quant_config(arguments(W4A4, None, tmp_path, [*base, *more])))
-                  for more in ([], ['val_evaluator.ann_file=other.json']))
+                  for more in ([], changed))
     assert {k for k in one if one[k] != other[k]} == {'val_evaluator.ann_file'}
 
 
