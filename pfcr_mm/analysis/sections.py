@@ -3,13 +3,12 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from ..engine.method import labels
-from ..engine.metrics import AGREEMENT, agreements
+from ..engine.metrics import AGREEMENT, agreements, titles
 from . import figures, signal_figures
 from .gallery import gallery
 from .tables import Table, brief, number, text
 
 _STATES = ('float', 'calibrated', 'quantized')
-_METRICS = dict(bbox_mAP='box AP', segm_mAP='mask AP', top1='top-1', top5='top-5')
 _SIZES = (('', 'all'), ('_50', 'IoU 0.50'), ('_75', 'IoU 0.75'), ('_s', 'small'), ('_m', 'medium'),
           ('_l', 'large'))
 _NO_RECORD = 'This checkpoint comes without the records of its run (report.json): '
@@ -64,7 +63,8 @@ def results(report):
     if not states:
         section.missing.append(f'{_NO_RECORD}AP and time are not known. tools/test.py measures '
                                'the AP of the quantized model.')
-    metrics = [m for m in _METRICS if any(m in report[s] for s in states)]
+    metrics = {metric: title for metric, title in titles(*(report[s] for s in states)).items()
+               if any(metric in report[s] for s in states)}
     size, agreement = report.get('size_mb') or {}, agreements(report)
     rows = []
     for state in states:
@@ -79,13 +79,13 @@ def results(report):
             cells += [number(found.get('kl'), 3), number(found.get('same'), 1, 100)]
         rows.append([*cells, number(size.get('float' if state == 'float' else 'quantized'), 2)])
     if rows:
-        head = [c for m in metrics for c in (_METRICS[m], '% of float')]
-        title = 'In percent; size in MB'
+        head = [c for title in metrics.values() for c in (title, '% of float')]
+        caption = 'In percent; size in MB'
         if agreement:
             head += AGREEMENT.values()
-            title += ('; divergence of class probabilities from the float model in nats, images '
-                      'given the same class')
-        section.tables.append(Table('results', title, ['', *head, 'size'], rows, open=True))
+            caption += ('; divergence of class probabilities from the float model in nats, images '
+                        'given the same class')
+        section.tables.append(Table('results', caption, ['', *head, 'size'], rows, open=True))
     _by_size(section, report, states, names)
     for metric, label in (('bbox', 'box'), ('segm', 'mask')):
         by_class = report.get('classes') or {}

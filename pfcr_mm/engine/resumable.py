@@ -131,7 +131,8 @@ class Resumable:
             return
         # what was before is each run's own
         self._shareable_from = len(self.notes), self.elapsed()
-        shared = self._shared_calibrations()
+        shared = self._shared = SharedCalibrations(
+            self.calibration_dir, self.identity, environment(), self.runner.cfg)
         state = parallel.from_main(lambda: shared.take(self.runner.logger.warning))
         if state is not None:
             own = list(self.notes)
@@ -148,16 +149,11 @@ class Resumable:
         state = self.state_dict()
         state.update(notes=state['notes'][notes:], seconds=state['seconds'] - seconds,
                      checkpoint_seconds=0.0)
-        shared = self._shared_calibrations()
         try:
-            shared.leave(state)
+            self._shared.leave(state)
         except (OSError, FaultError) as error:
             self.runner.logger.warning(
-                f'this calibration is not shared, {shared.path} cannot be written: {error}')
-
-    def _shared_calibrations(self):
-        return SharedCalibrations(
-            self.calibration_dir, self.identity, environment(), self.runner.cfg)
+                f'this calibration is not shared, {self._shared.path} cannot be written: {error}')
 
     def elapsed(self):
         """Seconds of the run so far, its earlier pieces included."""

@@ -3,7 +3,6 @@ import hashlib
 import json
 import re
 import sys
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -75,7 +74,6 @@ def _hash_of(*paths):
 _CODE = _hash_of(_PACKAGE)
 
 
-@cache
 def _versions():
     found = {}
     for name in _PACKAGES:
