@@ -12,7 +12,7 @@ quantize_cfg = dict(
     type='pfcr_mm.PFCRLoop',
     calibration=dict(
         images=256, held_out=32, search_images=32, method='output', compensate=None,
-        feed_back=False),
+        feed_back=False, fit_norms=False),
     levels=['leaf', 'block', 'pair', 'stage', 'backbone'],
     head_levels=['leaf', 'chain'],
     traversal='post_order',

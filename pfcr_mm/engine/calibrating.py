@@ -7,11 +7,12 @@ import torch
 from .. import parallel
 from ..models import part_chains, reparameterise
 from ..models.head_folds import fold_heads, free_heads
-from ..models.reparam import fold_alike, make_channelwise
+from ..models.reparam import fit_channels, fold_alike, make_channelwise
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import (
     AttendedValues,
     MomentObserver,
+    NormRows,
     calibrate,
     compensate_weights,
     not_fitted,
@@ -36,6 +37,8 @@ class Calibrating:
         if self.model.quant_config.reparam:
             make_channelwise(self.model)
         self._search_scales(self.model, activations=True)
+        if self.calibration['fit_norms']:
+            self._fit_norms()
         if self.calibration['compensate'] is not None:
             with self._moment_observer(self.model, activations=False) as seen:
                 self._show(self.model, seen)
@@ -80,9 +83,21 @@ class Calibrating:
             self._show(self.model, seen, attended, images=_HEADS_FOLDED_BY)
         check_seen(seen)
         rows = {name: reservoir.rows for name, reservoir in seen.layers.items()}
-        folds = fold_heads(self.model, rows, attended.means)
+        self._fold(fold_heads(self.model, rows, attended.means))
+
+    def _fit_norms(self):
+        """Channel-wise scales, and where each channel's grid lies."""
+        images = min(self.learned_on, self.calibration['search_images'])
+        rows = max(1, self.calibration['rows'] // max(1, images))
+        with NormRows(self.model, part_chains(self.model)[0], rows, self.seed) as seen:
+            self._show(self.model, seen)
+        self._fold(fit_channels(self.model, seen.layers))
+        self._make_equal(self.model)
+
+    def _fold(self, folds):
+        """Take note of what the model was folded by, and fold its teacher alike."""
         fold_alike(self.teacher, folds)
-        self.folds.update(folds)
+        self.folds.append(folds)
 
     @torch.no_grad()
     def _show(self, model, *observers, images=None, views=False):

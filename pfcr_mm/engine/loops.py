@@ -13,7 +13,6 @@ from ..errors import UsageError
 from ..files import make_writable
 from ..models import part_chains
 from ..models.checkpoint import save_quantized
-from ..models.reparam import fold_alike
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import ChainReconstructor, Faults, harden
 from ..reconstruction.build_loss import check_shareable, losses_in, parse_loss
@@ -50,8 +49,9 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             method, rounds, rows, dataset,
             views (of each image learned from, see `with_views`), compensate (strength
             of the ridge by which weights make up for quantized inputs, such as 0.01; None
-            leaves them), feed_back (whether rounding makes up for its errors). See
-            `fit_weights`.
+            leaves them), feed_back (whether rounding makes up for its errors; see
+            `fit_weights`), fit_norms (whether channel-wise scales after norms are fitted, see
+            `fit_channels`).
         levels (list[str]): units of the backbone, see `LEVELS`; [] only calibrates.
         head_levels (list[str]): units of neck and heads; [] leaves them calibrated.
         traversal (str): 'post_order' or 'level_order'.
@@ -106,7 +106,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         self.on_nonfinite = settings.on_nonfinite_of(on_nonfinite)
         self.records, self.notes = [], []
         self.metrics, self.all_metrics, self.val_metrics, self.phases = {}, {}, {}, {}
-        self.folds = {}  # of the model and of its teacher
+        self.folds = []  # of the model and of its teacher, in turn
         self.stop = StopSignals()  # the runner enters it
         self.init_resume()
         self._boxes = None
@@ -204,9 +204,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
     def run_stage(self, stage):
         """One stage of POS over all its parts."""
         if stage.final:
-            folds = self.enter_final_stage(self.model, stage.quantize_weights)
-            fold_alike(self.teacher, folds)  # targets then mean what the model's maps mean
-            self.folds.update(folds)
+            # the teacher too: targets then mean what the model's maps mean
+            self._fold(self.enter_final_stage(self.model, stage.quantize_weights))
         set_quantization(self.model, stage.quantize_weights, stage.quantize_activations)
         todo = {part: schedule for part, schedule in self.schedules[stage.number].items()
                 if len(schedule) > self.units_done(stage, part)}

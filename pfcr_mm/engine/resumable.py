@@ -96,7 +96,7 @@ class Resumable:
             finished=list(self.finished), position=self.position,
             paths=self._reconstructor.paths() if self._reconstructor else None,
             records=[asdict(record) for record in self.records], notes=list(self.notes),
-            folds=dict(self.folds), boxes=_pack(self._boxes), metrics=plain(self.metrics),
+            folds=list(self.folds), boxes=_pack(self._boxes), metrics=plain(self.metrics),
             all_metrics=plain(self.all_metrics), val_metrics=plain(self.val_metrics),
             phases=plain(phases), seconds=self.elapsed(),
             checkpoint_seconds=self.checkpoint_seconds, random=random_state())
@@ -109,7 +109,8 @@ class Resumable:
     def _adopt(self, state):
         load_model_state(self.model, state['model'])
         self.folds, self._boxes = state['folds'], _unpack(state['boxes'])
-        fold_alike(self.teacher, self.folds)
+        for folds in self.folds:  # one by one, as the run made them: for the same bits
+            fold_alike(self.teacher, folds)
         self.finished, self.position = state['finished'], state['position']
         self._paths = state['paths']
         self.records = [UnitRecord(**record) for record in state['records']]

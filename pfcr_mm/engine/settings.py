@@ -11,7 +11,7 @@ from ..reconstruction.units import check_levels
 
 _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None, views=1, compensate=None, feed_back=False)
+    dataset=None, views=1, compensate=None, feed_back=False, fit_norms=False)
 _ROIS = dict(proposals=64, detections=16)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 
@@ -28,9 +28,10 @@ def calibration_of(given):
             strength, (int, float)) or not 0 < strength < math.inf):
         raise UsageError(f'quantize_cfg.calibration.compensate={strength!r} is neither None nor '
                          'a number above 0')
-    if not isinstance(found['feed_back'], bool):
-        raise UsageError(f"quantize_cfg.calibration.feed_back={found['feed_back']!r} is neither "
-                         'True nor False')
+    for key in ('feed_back', 'fit_norms'):
+        if not isinstance(found[key], bool):
+            raise UsageError(
+                f'quantize_cfg.calibration.{key}={found[key]!r} is neither True nor False')
     for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
                        ('rows', 4), ('views', 1)):
         _check_integer(found[key], least, f'calibration.{key}')

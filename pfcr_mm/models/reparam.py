@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..modules import QuantConv2d, QuantLinear
-from ..quantizers import build_quantizer
+from ..quantizers import build_quantizer, search
 from ..registry import MAP_READERS, OUTPUT_NORMS, POST_NORM
 from .head_folds import fold_heads_alike
 
@@ -54,6 +54,39 @@ def make_channelwise(model):
         spec = replace(layer.input_quantizer.spec, granularity='channel')
         layer.input_quantizer = build_quantizer(
             spec, layer.weight.shape[1], layer.input_axis).to(layer.weight)
+
+
+@torch.no_grad()
+def fit_channels(model, seen):
+    """Fit channel-wise post-norm quantizers by least squares, each with an offset of its own.
+
+    A channel's grid may lie anywhere: its middle code is given the value 0, and the norm's
+    bias moves the channel there. The float function stays, zero points are integers.
+
+    Args:
+        model (nn.Module): with calibrated channel-wise quantizers after norms.
+        seen (dict): by the name of the layer they reach, inputs (n, channels) and how often each
+            counts (n,); None where there are none.
+
+    Returns:
+        dict[str, tuple[Tensor, Tensor]]: folds, as `reparameterise` returns them.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    moves_padding = getattr(getattr(model, 'quant_config', None), 'move_padding', True)
+    folds = {}
+    for norm, layer, attention in post_norm_pairs(model):
+        quantizer, name = layer.input_quantizer, names[id(layer)]
+        if quantizer.spec.granularity != 'channel' or not quantizer.calibrated \
+                or quantizer.spec.symmetric or seen.get(name) is None:
+            continue
+        rows, weights = (value.to(layer.weight) for value in seen[name])
+        scale, zero_point = search.fit_affine(
+            rows.t(), weights, quantizer.scale, quantizer.zero_point, quantizer.spec)
+        middle = torch.full_like(scale, 2**(quantizer.bits - 1))
+        folds[name] = torch.ones_like(scale), scale * (middle - zero_point)
+        _fold(norm, layer, attention if moves_padding else None, *folds[name])
+        quantizer.set_scale(scale, middle)
+    return folds
 
 
 @torch.no_grad()

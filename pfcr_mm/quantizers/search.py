@@ -11,6 +11,7 @@ from . import functional as F
 PERCENTILES = (0.99, 0.999, 0.9999, 0.99999)
 SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
 WEIGHT_FACTORS = torch.linspace(0.5, 1.15, 27).tolist()
+_SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 NEAR_FACTORS = torch.linspace(0.8, 1.25, 10).tolist()
 _QUANTILE_LIMIT = 2**23  # torch.quantile fails above 2**24 elements
 
@@ -42,6 +43,60 @@ def search_range(samples, spec, method='mse', minmax=None):
     steps = (1.2, 1.1, 1.05, 1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.25)
     low, high, *_ = _best_range(samples, spec, [(low * f, high) for f in steps])
     return _best_range(samples, spec, [(low, high * f) for f in steps])[2:]
+
+
+def fit_affine(samples, weights, scale, zero_point, spec, steps=8):
+    """Scale and real zero point of least squared error; the grid may lie far from zero.
+
+    In turn the codes round(x / s + z), and by least squares s and z for these codes; from
+    what is given and from several ranges, from all samples to their core.
+
+    Args:
+        samples (Tensor): (groups, n).
+        weights (Tensor): how often each counts (n,).
+        scale, zero_point (Tensor): (groups,) that a search found.
+        spec (QuantizerSpec): bits and symmetry.
+        steps (int): turns from each start.
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and zero point, (groups,), no worse than those given.
+    """
+    low, high = F.uniform_code_range(spec.bits, spec.symmetric)
+    least, most = samples.amin(1), samples.amax(1)
+    middle = sum(quantile_range(samples, 0.98)) / 2
+
+    def codes_of(scale, zero_point):
+        return (samples / scale[:, None] + zero_point[:, None]).round().clamp(low, high)
+
+    def error(scale, zero_point):
+        values = (codes_of(scale, zero_point) - zero_point[:, None]) * scale[:, None]
+        return (values - samples).square() @ weights
+
+    def starts():
+        yield scale, zero_point
+        for share in _SHARES:
+            width = (share * (most - least) / (high - low)).clamp(min=1e-8)
+            yield width, low - (middle + share * (least - middle)) / width
+
+    def candidates():
+        yield scale, zero_point
+        for found in starts():
+            for _ in range(steps):
+                found = _least_squares(samples, codes_of(*found), weights, *found)
+            yield found
+
+    return _best_of(candidates(), error)
+
+
+def _least_squares(samples, codes, weights, scale, zero_point):
+    """The scale and zero point that make most of `codes`; as they were where these are alike."""
+    weights = weights / weights.sum()
+    mean, mean_code = samples @ weights, codes @ weights
+    codes = codes - mean_code[:, None]
+    found = (codes * samples) @ weights / (codes.square() @ weights)
+    usable = torch.isfinite(found) & (found > 0)
+    found = torch.where(usable, found, scale)
+    return found, torch.where(usable, mean_code - mean / found, zero_point)
 
 
 def search_log_grid(samples, spec, steps_per_octave=None, minmax=None):

@@ -4,6 +4,7 @@ from .attended import AttendedValues
 from .calibrate import calibrate, observe
 from .faults import Faults
 from .fit_weights import MomentObserver, compensate_weights, not_fitted, round_weights
+from .norm_rows import NormRows
 from .optimize import UnitConfig, UnitRecord
 from .pfcr import ChainReconstructor, harden
 from .pos import POSConfig, Stage
@@ -11,8 +12,8 @@ from .schedule import build_schedule, share_iterations, traversal_string
 from .units import LEVELS, Unit, units_of
 
 __all__ = [
-    'AttendedValues', 'ChainReconstructor', 'Faults', 'LEVELS', 'MomentObserver', 'POSConfig',
-    'Stage', 'Unit', 'UnitConfig', 'UnitRecord', 'build_schedule', 'calibrate',
+    'AttendedValues', 'ChainReconstructor', 'Faults', 'LEVELS', 'MomentObserver', 'NormRows',
+    'POSConfig', 'Stage', 'Unit', 'UnitConfig', 'UnitRecord', 'build_schedule', 'calibrate',
     'compensate_weights', 'harden', 'not_fitted', 'observe', 'round_weights', 'share_iterations',
     'traversal_string', 'units_of'
 ]

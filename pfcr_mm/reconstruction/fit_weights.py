@@ -10,11 +10,11 @@ import torch
 from .. import parallel
 from ..modules import QuantLayer, set_quantization
 from ..quantizers import least_squares
+from .class_tokens import prefixes, weighted_rows
 from .noise import PerImage
 
 MAX_FAN_IN = 4096  # moments of wider layers would take more than memory and time are worth
 ROWS_AN_INPUT = 8  # with fewer a fit learns the rows by heart, and fresh ones lose by it
-PREFIX_SHARE = 0.1  # of class tokens in a layer's moments, whatever the number of patches
 
 
 @dataclass
@@ -86,9 +86,7 @@ class MomentObserver(PerImage):
 
     def __init__(self, model, chains, activations, rows=1024, seed=0):
         self.model, self.activations, self.rows = model, activations, rows
-        self.prefix = {module: chain.prefix_tokens for chain in chains.values()
-                       for leaf in chain.leaves for root in leaf.modules
-                       for module in root.modules()}
+        self.prefix = prefixes(chains)
         super().__init__(seed)
         self.layers = {}  # layer name -> Moments
 
@@ -115,25 +113,13 @@ class MomentObserver(PerImage):
             x = args[0]
             if x.numel() == 0:
                 return
-            rows, weights = self._sample(layer, name, x)
+            rows, weights = weighted_rows(
+                layer, x, self.prefix.get(layer, 0), self.generator(name), self.rows)
             quantizer = layer.input_quantizer
             quantized = quantizer.fake_quantize(rows) if quantizer.calibrated else rows
             moments.add(rows, quantized, weights)
 
         return hook
-
-    def _sample(self, layer, name, x):
-        """Rows of an input, and their weights."""
-        generator = self.generator(name)
-        count = self.prefix.get(layer, 0) if x.dim() == 3 else 0
-        rows = layer.input_rows(x[:, count:] if count else x, generator, self.rows)
-        weights = torch.ones_like(rows[:, 0])
-        if count:
-            first = x[:, :count].flatten(0, 1)
-            weight = PREFIX_SHARE / (1 - PREFIX_SHARE) * len(rows) / len(first)
-            rows = torch.cat([first, rows])
-            weights = torch.cat([torch.full_like(first[:, 0], weight), weights])
-        return rows, weights
 
 
 @torch.no_grad()

@@ -11,8 +11,10 @@ from tiny_classifiers import build_classifier, pictures
 from pfcr_mm.engine import calibrating, settings
 from pfcr_mm.engine.augment import with_views
 from pfcr_mm.engine.calibrating import Calibrating
+from pfcr_mm.models import part_chains
 from pfcr_mm.models.chain import State
 from pfcr_mm.modules import QuantLayer, quantizers_of
+from pfcr_mm.reconstruction import NormRows
 from pfcr_mm.reconstruction.capture import Images
 
 IMAGES, HELD_OUT = 20, 4
@@ -32,7 +34,7 @@ class Loop(Calibrating):
         self.learned_on, self.seed, self.device = IMAGES - HELD_OUT, 0, torch.device('cpu')
         self.images = with_views(Images(states, [[DetDataSample()]] * IMAGES, range(IMAGES)),
                                  self.calibration['views'], self.learned_on, 0)
-        self.folds, self.notes, self.note = {}, [], lambda text: self.notes.append(text)
+        self.folds, self.notes, self.note = [], [], lambda text: self.notes.append(text)
         self.runner = SimpleNamespace(logger=logging.getLogger('loop'))
         self.passes = []
         for model in (self.model, self.teacher):
@@ -147,3 +149,33 @@ def test_few_images_fold_heads(monkeypatch):
     loop = Loop()
     loop.calibrate()
     assert loop.passes[0] == ('Observer', False, False, [0, 1, 2])
+
+
+def test_fitted_norms_are_a_switch_and_their_teacher_follows():
+    loop, pixels = Loop(fit_norms=True, compensate=None), pictures('vit', 3)
+    expected = loop.model(pixels)
+    loop.calibrate()
+    assert loop.passes[-1] == ('NormRows', False, False, list(range(IMAGES - HELD_OUT)))
+    torch.testing.assert_close(loop.teacher(pixels), expected, rtol=1e-4, atol=1e-5)
+    heads, norms = loop.folds
+    assert norms.keys() == {f'backbone.blocks.{i}.{layer}' for i in range(
+        len(loop.model.backbone.blocks)) for layer in ('attn.qkv', 'mlp.fc1')}
+    for name in norms:
+        own, other = (model.get_submodule(name) for model in (loop.model, loop.teacher))
+        assert torch.equal(own.bias, other.bias) and (own.input_quantizer.zero_point == 8).all()
+    assert loop.enter_final_stage(loop.model).keys() == norms.keys()
+
+
+def test_norms_are_fitted_to_class_tokens_too():
+    """They have a tenth of the weight, and are all there."""
+    loop, found = Loop(), {}
+    with NormRows(loop.model, part_chains(loop.model)[0], rows=6) as seen:
+        for number in (1, 0):
+            seen.begin_image(number)
+            loop.model(pictures('vit', 2)[number:number + 1])
+            found = {**seen.layers}
+    for name, (rows, weights) in seen.layers.items():
+        assert rows.shape == (2 * 7, loop.model.get_submodule(name).in_features)
+        first = [0, 7]
+        torch.testing.assert_close(weights[first].sum() / weights.sum(), torch.tensor(0.1))
+        assert torch.equal(rows[:7], found[name][1][1])  # image 0, which came second

@@ -168,6 +168,7 @@ def check_pieces(quick, die, folder, ways, extra):
 
 def test_killed_with_other_options(quick, die, tmp_path):
     extra = [*BACKBONE, 'model.quant.rounding=adaround', 'quantize_cfg.cache_dtype=float16',
+             'quantize_cfg.calibration.fit_norms=True',
              'quantize_cfg.traversal=level_order', 'quantize_cfg.pos.mode=unit',
              'quantize_cfg.reconstruction.keep_prob=0.5']
     check_pieces(quick, die, tmp_path, [

@@ -8,7 +8,7 @@ from tiny_models import calibrated, randomise
 from torch import nn
 
 from pfcr_mm.models import reparameterise
-from pfcr_mm.models.reparam import fold_alike, make_channelwise, post_norm_pairs
+from pfcr_mm.models.reparam import fit_channels, fold_alike, make_channelwise, post_norm_pairs
 from pfcr_mm.models.swin import QuantShiftWindowMSA
 from pfcr_mm.modules import QuantLayer, QuantLinear, set_quantization
 
@@ -204,3 +204,60 @@ def test_randomise_touches_every_norm(build_quantized):
     detector = randomise(build_quantized())
     assert all((norm.bias != 0).any() and (norm.weight != 1).any()
                for norm, _, _ in post_norm_pairs(detector))
+
+
+@pytest.fixture()
+def fitted(channelwise, images):
+    """(detector, rows that it was fitted to, folds, errors of its quantizers before)."""
+    names = {id(module): name for name, module in channelwise.named_modules()}
+    seen = {}
+
+    def see(layer, args):
+        seen.setdefault(names[id(layer)], []).append(
+            layer.input_rows(args[0], torch.Generator().manual_seed(0), 500))
+
+    pairs = post_norm_pairs(channelwise)
+    handles = [layer.register_forward_pre_hook(see) for _, layer, _ in pairs]
+    for inputs, _ in images:
+        channelwise.extract_feat(inputs)
+    for handle in handles:
+        handle.remove()
+    seen = {name: torch.cat(rows) for name, rows in seen.items()}
+    before = {name: channelwise.get_submodule(name).input_quantizer.fake_quantize(rows) - rows
+              for name, rows in seen.items()}
+    twin = copy.deepcopy(channelwise)
+    folds = fit_channels(
+        channelwise, {name: (rows, torch.ones(len(rows))) for name, rows in seen.items()})
+    return channelwise, twin, seen, folds, before
+
+
+def test_fitted_channels_leave_the_float_function(fitted, images):
+    detector, twin, _, folds, _ = fitted
+    assert len(folds) == 23
+    for inputs, _ in images:  # two of them with padded windows
+        expected = twin.extract_feat(inputs)
+        assert worst(detector.extract_feat(inputs), expected) < 1e-5
+    fold_alike(twin, folds)
+    assert worst(twin.backbone(inputs), detector.backbone(inputs)) < 1e-6
+
+
+def test_fitted_channels_are_quantized_with_less_error(fitted):
+    detector, _, seen, folds, before = fitted
+    ratios = []
+    for name, rows in seen.items():
+        quantizer, (ratio, shift) = detector.get_submodule(name).input_quantizer, folds[name]
+        assert torch.equal(ratio, torch.ones_like(ratio)) and (quantizer.zero_point == 8).all()
+        error = quantizer.fake_quantize(rows - shift) - (rows - shift)
+        ratios.append((error.square().mean() / before[name].square().mean()).item())
+    assert max(ratios) < 1 + 1e-4 and sum(ratios) / len(ratios) < 0.9
+
+
+def test_fitted_channels_fold_to_one_tensor(fitted, images):
+    """The zero point of all is the middle code, so nothing is left to round."""
+    detector, twin, *_ = fitted
+    expected = twin.extract_feat(images[1][0])
+    folds = reparameterise(detector)
+    assert all((shift == 0).all() for _, shift in folds.values())
+    assert worst(detector.extract_feat(images[1][0]), expected) < 1e-5
+    for _, layer, _ in post_norm_pairs(detector):
+        assert layer.input_quantizer.zero_point.tolist() == [8.0]

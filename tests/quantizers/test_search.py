@@ -285,3 +285,48 @@ def test_again_looks_near_alone(kind):
 def test_rows_that_tell_nothing_change_nothing(rows):
     start = torch.tensor([0.1]), torch.tensor([3.0])
     assert search.refine_activation(rows, torch.ones(2, 4), *start, QuantizerSpec(bits=4)) == start
+
+
+def test_affine_fit_finds_a_grid_that_lies_anywhere():
+    """By hand: 8 levels 0.3 apart from 0.137 on, the other channel far from zero."""
+    spec, codes = QuantizerSpec(bits=3, granularity='channel'), torch.arange(8.).repeat(40)
+    samples = torch.stack([0.3 * codes + 0.137, 0.02 * codes - 7.31])
+    start = search.search_range(samples, spec, 'mse')
+    scale, zero = search.fit_affine(samples, torch.ones(320), *start, spec)
+    torch.testing.assert_close(scale, torch.tensor([0.3, 0.02]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(-zero * scale, torch.tensor([0.137, -7.31]), rtol=1e-3, atol=0)
+
+
+def test_affine_fit_is_no_worse_than_its_start():
+    spec, samples = QuantizerSpec(bits=3, granularity='channel'), heavy_tailed(6, 500)
+    weights = torch.rand(500, generator=seeded(1))
+
+    def error(scale, zero):
+        codes = (samples / scale[:, None] + zero[:, None]).round().clamp(0, 7)
+        return ((codes - zero[:, None]) * scale[:, None] - samples).square() @ weights
+
+    start = search.search_range(samples, spec, 'mse')
+    found = search.fit_affine(samples, weights, *start, spec)
+    assert (error(*found) <= error(*start)).all()
+    assert (error(*found) / error(*start)).mean() < 0.95
+
+
+def test_affine_fit_counts_samples_by_their_weights():
+    """One class token far out among a hundred patches is clipped, unless it counts."""
+    spec, samples = QuantizerSpec(bits=3, granularity='channel'), heavy_tailed(1, 101).clamp(-2, 2)
+    samples[0, 0] = 9.0
+    start, far = search.search_range(samples[:, 1:], spec, 'mse'), []
+    for weight in (0.0, 50.0):
+        weights = torch.ones(101)
+        weights[0] = weight
+        scale, zero = search.fit_affine(samples, weights, *start, spec)
+        far.append((scale * (7 - zero)).item())
+    assert far[0] < 4 and 8 < far[1] < 10
+
+
+@pytest.mark.parametrize('value', [0.0, 3.5])
+def test_affine_fit_of_a_constant_channel_is_finite(value):
+    spec, samples = QuantizerSpec(bits=4, granularity='channel'), torch.full((2, 30), value)
+    start = torch.tensor([0.1, 1e-8]), torch.tensor([3.0, 0.0])
+    scale, zero = search.fit_affine(samples, torch.ones(30), *start, spec)
+    assert torch.isfinite(scale).all() and (scale > 0).all() and torch.isfinite(zero).all()

@@ -14,6 +14,7 @@ from pfcr_mm.quantizers import search
 from pfcr_mm.reconstruction import (
     MomentObserver,
     calibrate,
+    class_tokens,
     compensate_weights,
     fit_weights,
     not_fitted,
@@ -82,7 +83,7 @@ def test_class_tokens_have_their_share():
     tokens[:, 0, 0] = 10.0
     tokens[:, 1:, 1] = 10.0
     layer = linear(2, 1, bits=8, x=tokens)
-    share = fit_weights.PREFIX_SHARE
+    share = class_tokens.PREFIX_SHARE
     for rows in (4096, 20):  # all patches, or a part
         mean = moments_of(layer, tokens, prefix=1, rows=rows).layers[''].mean
         assert mean.tolist() == pytest.approx([10 * share, 10 * (1 - share)], rel=1e-5)

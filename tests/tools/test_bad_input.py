@@ -58,6 +58,7 @@ def refused(capsys):
     ('quantize_cfg.calibration.views=0', 'calibration.views'),
     ('quantize_cfg.calibration.compensate=0', 'calibration.compensate=0'),
     ('quantize_cfg.calibration.feed_back=often', "calibration.feed_back='often'"),
+    ('quantize_cfg.calibration.fit_norms=2', 'calibration.fit_norms=2'),
     ('quantize_cfg.reconstruction.loss=hinge', "loss='hinge'"),
     ('quantize_cfg.reconstruction.iter=3', 'reconstruction.iter '),
     ('quantize_cfg.reconstruction.autocast=half', "autocast='half'"),

@@ -6,5 +6,5 @@ model = dict(
         post_gelu=dict(kind='uniform'), matmul_granularity='tensor', balance_values=False,
         centre_heads=False, rotate_heads=False))
 quantize_cfg = dict(
-    calibration=dict(method='percentile', compensate=None, feed_back=False),
+    calibration=dict(method='percentile', compensate=None, feed_back=False, fit_norms=False),
     levels=[], head_levels=[], pos=dict(mode='off'))
