@@ -32,8 +32,7 @@ optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=1e-5))
 
 quantize_cfg = dict(
     calibration=dict(
-        images=1024, held_out=64, search_images=128, compensate=0.01, feed_back=True,
-        fit_norms=True),
+        images=1024, held_out=64, search_images=128, compensate=0.01, feed_back=True),
     # ViTs have no stages, Swins have quads in their long stage only
     levels=['leaf', 'block', 'pair', 'quad', 'stage', 'backbone'],
     reconstruction=dict(batch_size=32, per_level=dict(quad=dict(iters=750, weight_lr=2e-5))))

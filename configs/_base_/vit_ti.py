@@ -28,7 +28,7 @@ test_dataloader = dict(
 load_from = '{{$VIT_TINY:data/vit_tiny_patch16_224/vit_tiny_patch16_224.pth}}'
 
 quantize_cfg = dict(
-    # 112 images to learn from are learned by heart: each is cut and mirrored in seven ways besides
+    # 112 images to learn from are learned by heart: each is cut and mirrored seven times besides
     calibration=dict(images=128, held_out=16, search_images=128, views=8),
     # half of the values stay float meanwhile (QDrop); blocks have most of the iterations, and
     # coarse units move little
