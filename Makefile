@@ -26,7 +26,7 @@ setup: $(STAMP)
 
 # The stamp goes first and comes back last: an interrupted set-up never looks complete.
 # Every step takes its versions from constraints.txt: an open torch pulls gigabytes of CUDA.
-$(STAMP): setup.py constraints.txt pfcr_mm/version.py
+$(STAMP): setup.py constraints.txt pfcr_mm/version.py pfcr_mm/quantizers/native.c
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo '$(PYTHON) is missing or older than 3.11; name another: make PYTHON=python3.11'; exit 1; }

@@ -61,10 +61,11 @@ class SharedCalibrations:
 
 
 def _hash_of(*paths):
-    """Of the contents of Python files, and of all in folders."""
+    """Of the contents of files, and of all code in folders, compiled code included."""
     found = hashlib.sha256()
     for root in paths:
-        for path in sorted(root.rglob('*.py')) if root.is_dir() else [root]:
+        code = (path for path in root.rglob('*') if path.suffix in ('.py', '.so', '.pyd'))
+        for path in sorted(code) if root.is_dir() else [root]:
             found.update(f'{path.relative_to(root)} {path.stat().st_size} '.encode())
             found.update(path.read_bytes())
     return found.hexdigest()

@@ -9,8 +9,8 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def random_mask(x, share):
-    """Shaped like `x`: 1 with probability `share`, else 0."""
-    return (torch.rand_like(x) < share).to(x.dtype)
+    """Shaped like `x`, uint8: 1 with probability `share`, else 0."""
+    return (torch.rand_like(x) < share).to(torch.uint8)
 
 
 class Quantizer(nn.Module):
@@ -76,14 +76,11 @@ class Quantizer(nn.Module):
         dtype = x.dtype
         if dtype in HALF:
             x = x.float()  # a code of 8 bits does not survive a division in bfloat16
-        quantized = self.fake_quantize(x)
-        if self.keep_prob < 1.0:
-            # with a weight of 0 or 1 exactly one of both; faster than to choose by a boolean
-            quantized = torch.lerp(x, quantized, self.noise(x, self.keep_prob))
-        return quantized.to(dtype)
+        keep = self.noise(x, self.keep_prob) if self.keep_prob < 1.0 else None
+        return self.fake_quantize(x, keep).to(dtype)
 
-    def fake_quantize(self, x):
-        """Quantize-dequantize `x` with the current scales."""
+    def fake_quantize(self, x, keep=None):
+        """Quantize-dequantize `x` with the current scales, but where `keep` (uint8) is 0."""
         raise NotImplementedError
 
     def levels(self):

@@ -56,3 +56,22 @@ def between(grad, x, low, high, out):
 def dot(a, b):
     """Sum of the products of two tensors without gaps; nothing is allocated."""
     return torch.dot(a.view(-1), b.view(-1))
+
+
+def mixed(x, values, keep):
+    """`values` where `keep` is 1 (or None), `x` where it is 0 (QDrop)."""
+    # by weights of 0 and 1, which is faster than to choose by a boolean
+    return values if keep is None else torch.lerp(x, values, keep.to(x.dtype))
+
+
+def parted(grad, keep):
+    """What of the gradient of `mixed` is that of `values`, and what that of `x` (or None)."""
+    if keep is None:
+        return grad, None
+    kept = grad * keep.to(grad.dtype)
+    return kept, grad - kept
+
+
+def joined(grad, passed):
+    """The whole gradient of `x`, of what `parted` gave."""
+    return grad if passed is None else grad.add_(passed)

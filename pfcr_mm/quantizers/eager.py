@@ -1,33 +1,37 @@
 """Values and gradients of quantizers, by PyTorch's own operations, in place and in blocks.
 
-Scales, zero points and steps broadcast against the input and are all of one shape.
+Scales, zero points and steps broadcast against the input and are all of one shape. Where `keep`
+(uint8, shaped like the input) is 0, numbers stay as they are, and so do their gradients (QDrop).
 """
 import torch
 
-from .blocks import between, blocks, dense_like, dot
+from .blocks import between, blocks, dense_like, dot, joined, mixed, parted
 
 TINY = 1e-30  # what is less is zero: masked softmax gives 1e-44, and such numbers take long
 # By type: the same bits as integers, and those of them that are the exponent.
 _EXPONENTS = {torch.float32: (torch.int32, 0xFF << 23), torch.float64: (torch.int64, 0x7FF << 52)}
 
 
-def uniform_values(x, scale, zero_point, low, high):
+def uniform_values(x, scale, zero_point, low, high, keep=None):
     """The nearest of the values (k - zero_point) * scale, low <= k <= high."""
     if _is_plain(scale, x):
         shift = zero_point.item()
-        return (x / scale).round_().clamp_(low - shift, high - shift).mul_(scale)
+        values = (x / scale).round_().clamp_(low - shift, high - shift).mul_(scale)
+        return mixed(x, values, keep)
     values = dense_like(x)
     for x_, out, s, z in blocks((x, values), (scale, zero_point)):
         out.copy_(x_).div_(s).round_().add_(z).clamp_(low, high).sub_(z).mul_(s)
-    return values
+    return mixed(x, values, keep)
 
 
-def uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=True):
-    """Gradients of `x` and of the scale (zero without `of_scale`).
+def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, of_x=True,
+                      of_scale=True):
+    """Gradients of `x` (None without `of_x`) and of the scale (zero without `of_scale`).
 
     Args:
         grad (Tensor): of `values`, which `uniform_values` has given for `x`.
     """
+    grad, passed = parted(grad, keep)
     grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
     low, high = low - 0.5, high + 0.5  # of the codes before rounding
     if _is_plain(scale, x, grad):
@@ -35,7 +39,7 @@ def uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=Tr
         between(grad, x, (low - shift) * step, (high - shift) * step, out=grad_x)
         if of_scale:
             grad_scale += dot(grad, values) - dot(grad_x, x)
-        return grad_x, grad_scale.div_(scale)
+        return joined(grad_x, passed) if of_x else None, grad_scale.div_(scale)
     for g, x_, v, gx, s, z, gs in blocks(
             (grad, x, values, grad_x), (scale, zero_point, grad_scale)):
         if x_.stride() != v.stride():
@@ -43,10 +47,10 @@ def uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=Tr
         between(g, (x_ / s).add_(z), low, high, out=gx)
         if of_scale:
             gs.add_((g * v).addcmul_(gx, x_, value=-1.0).sum_to_size(gs.shape))
-    return grad_x, grad_scale.div_(scale)
+    return joined(grad_x, passed) if of_x else None, grad_scale.div_(scale)
 
 
-def log_values(x, scale, steps, bits, zero_below, shift, known=None):
+def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
     """`log_decode` of `log_encode` of x + shift, less the shift.
 
     `known` is the number of steps an octave where all scales have the same.
@@ -59,16 +63,18 @@ def log_values(x, scale, steps, bits, zero_below, shift, known=None):
         else:
             _log_by_logarithm(x_ + shift, s, bits, r, zero_below, out)
         out.sub_(shift)
-    return values
+    return mixed(x, values, keep)
 
 
-def log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
-    """Gradients of `x` and of the scale (zero without `of_scale`).
+def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=True,
+                  of_scale=True):
+    """Gradients of `x` (None without `of_x`) and of the scale (zero without `of_scale`).
 
     Args:
         grad (Tensor): of `values`, which `log_values` has given for `x`.
         last (int): code of the smallest power.
     """
+    grad, passed = parted(grad, keep)
     grad_x, grad_scale = torch.empty_like(values), torch.zeros_like(scale)
     for g, x_, v, gx, s, r, gs in blocks(
             (grad, x, values, grad_x), (scale, steps, grad_scale)):
@@ -79,7 +85,7 @@ def log_gradients(grad, x, values, scale, steps, last, shift, of_scale=True):
         if of_scale:
             gs.add_(product.sub_(gx).sum_to_size(gs.shape))
         gx.div_(ratio.mul_(s))
-    return grad_x, grad_scale.div_(scale)
+    return joined(grad_x, passed) if of_x else None, grad_scale.div_(scale)
 
 
 def _is_plain(scale, *tensors):

@@ -5,9 +5,10 @@ and the scale gets the exact LSQ gradient (Esser et al., arXiv 1902.08153).
 """
 import torch
 
-from . import eager
+from . import native
+from .blocks import mixed
 
-kernels = eager  # what values and gradients are computed with; `fused_kernels` changes it
+kernels = native  # what values and gradients are computed with; `fused_kernels` changes it
 
 
 def uniform_code_range(bits, symmetric):
@@ -48,30 +49,32 @@ class UniformFakeQuantize(torch.autograd.Function):
     """x -> decode(encode(x)), with straight-through and LSQ gradients.
 
     Keeps input and output, which their neighbours in the graph hold anyway, and no map of
-    its own: d x_hat / d scale = (x_hat - x) / scale inside, x_hat / scale where clipped.
+    its own: d x_hat / d scale = (x_hat - x) / scale inside, x_hat / scale where clipped. Where
+    `keep` (uint8, shaped like x) is 0, x stays as it is (QDrop).
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, low, high):
-        values = kernels.uniform_values(x, scale, zero_point, low, high)
-        ctx.save_for_backward(x, scale, zero_point, values)
+    def forward(ctx, x, scale, zero_point, low, high, keep=None):
+        values = kernels.uniform_values(x, scale, zero_point, low, high, keep)
+        ctx.save_for_backward(x, scale, zero_point, values, keep)
         ctx.codes = low, high
         return values
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, zero_point, values = ctx.saved_tensors
+        x, scale, zero_point, values, keep = ctx.saved_tensors
         return *kernels.uniform_gradients(
-            grad, x, values, scale, zero_point, *ctx.codes, ctx.needs_input_grad[1]
-        ), None, None, None
+            grad, x, values, scale, zero_point, *ctx.codes, keep, *ctx.needs_input_grad[:2]
+        ), None, None, None, None
 
 
-def fractional_fake_quantize(x, scale, zero_point, low, high):
+def fractional_fake_quantize(x, scale, zero_point, low, high, keep=None):
     """`UniformFakeQuantize` for zero points that are no integers; the same gradients."""
     ratio = x / scale
     rounded = ratio.detach().round()
     steps = rounded.clamp(low - zero_point, high - zero_point)
-    return torch.where(steps == rounded, ratio + (steps - ratio).detach(), steps) * scale
+    values = torch.where(steps == rounded, ratio + (steps - ratio).detach(), steps) * scale
+    return mixed(x, values, keep)
 
 
 def log_encode(x, scale, bits, steps_per_octave, zero_below):
@@ -105,17 +108,17 @@ class LogFakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, bits, steps_per_octave, zero_below, shift=0.0):
+    def forward(ctx, x, scale, bits, steps_per_octave, zero_below, shift=0.0, keep=None):
         steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
         known = None if torch.is_tensor(steps_per_octave) else steps_per_octave
-        values = kernels.log_values(x, scale, steps, bits, zero_below, shift, known)
-        ctx.save_for_backward(x, scale, steps, values)
+        values = kernels.log_values(x, scale, steps, bits, zero_below, shift, known, keep)
+        ctx.save_for_backward(x, scale, steps, values, keep)
         ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift
         return values
 
     @staticmethod
     def backward(ctx, grad):
-        x, scale, steps, values = ctx.saved_tensors
+        x, scale, steps, values, keep = ctx.saved_tensors
         return *kernels.log_gradients(
-            grad, x, values, scale, steps, ctx.last, ctx.shift, ctx.needs_input_grad[1]
-        ), None, None, None, None
+            grad, x, values, scale, steps, ctx.last, ctx.shift, keep, *ctx.needs_input_grad[:2]
+        ), None, None, None, None, None

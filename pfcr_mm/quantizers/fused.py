@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UsageError
 from . import functional
+from .blocks import joined, mixed, parted
 from .eager import TINY
 
 
@@ -31,20 +32,25 @@ class _Fused:
     """What stands in for the module `eager`."""
 
     @staticmethod
-    def uniform_values(x, scale, zero_point, low, high):
-        return _values(_uniform_values, x, scale, zero_point, low, high)
+    def uniform_values(x, scale, zero_point, low, high, keep=None):
+        return mixed(x, _values(_uniform_values, x, scale, zero_point, low, high), keep)
 
     @staticmethod
-    def uniform_gradients(grad, x, values, scale, zero_point, *rest):
-        return _gradients(_uniform_gradients, grad, x, values, scale, zero_point, *rest)
+    def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, of_x=True,
+                          of_scale=True):
+        return _gradients(_uniform_gradients, grad, x, values, scale, zero_point, keep, of_x,
+                          low, high, of_scale)
 
     @staticmethod
-    def log_values(x, scale, steps, bits, zero_below, shift, known=None):
-        return _values(_log_values, x, scale, steps, 2**bits - 1, zero_below, shift)
+    def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
+        found = _values(_log_values, x, scale, steps, 2**bits - 1, zero_below, shift)
+        return mixed(x, found, keep)
 
     @staticmethod
-    def log_gradients(grad, x, values, scale, steps, *rest):
-        return _gradients(_log_gradients, grad, x, values, scale, steps, *rest)
+    def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=True,
+                      of_scale=True):
+        return _gradients(_log_gradients, grad, x, values, scale, steps, keep, of_x, last, shift,
+                          of_scale)
 
 
 def _values(function, x, scale, other, *rest):
@@ -52,11 +58,12 @@ def _values(function, x, scale, other, *rest):
     return layout.back(_run(function, *layout(x), *layout.scales(scale, other), *rest))
 
 
-def _gradients(function, grad, x, values, scale, other, *rest):
-    layout = _Layout(x, scale)
+def _gradients(function, grad, x, values, scale, other, keep, of_x, *rest):
+    layout, (grad, passed) = _Layout(x, scale), parted(grad, keep)
     grad_x, grad_scale = _run(
         function, *layout(grad, x, values), *layout.scales(scale, other), *rest)
-    return layout.back(grad_x), layout.scale_back(grad_scale)
+    grad_x = joined(layout.back(grad_x), passed) if of_x else None
+    return grad_x, layout.scale_back(grad_scale)
 
 
 class _Layout:

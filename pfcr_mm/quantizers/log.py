@@ -25,11 +25,11 @@ class LogQuantizer(Quantizer):
         scale, steps = (value.cpu()[:, None] for value in self._grid())
         return F.log_decode(codes, scale, self.bits, steps, self.spec.zero_below) - self.spec.shift
 
-    def fake_quantize(self, x):
+    def fake_quantize(self, x, keep=None):
         return F.LogFakeQuantize.apply(
             x, self.spread(self.scale, x), self.spec.bits,
             self.known_steps or self.spread(self.steps_per_octave, x), self.spec.zero_below,
-            self.spec.shift)
+            self.spec.shift, keep)
 
     def set_grid(self, scale, steps_per_octave):
         """Take scales and steps an octave, each (size,); marks the quantizer calibrated."""

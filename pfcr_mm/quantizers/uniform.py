@@ -16,12 +16,11 @@ class UniformQuantizer(Quantizer):
         """Lowest and highest code."""
         return F.uniform_code_range(self.spec.bits, self.spec.symmetric)
 
-    def fake_quantize(self, x):
-        if not self.spec.integer_zero_point:
-            return F.fractional_fake_quantize(
-                x, self.spread(self.scale, x), self.spread(self.zero_point, x), *self.code_range)
-        return F.UniformFakeQuantize.apply(
-            x, self.spread(self.scale, x), self.spread(self.zero_point, x), *self.code_range)
+    def fake_quantize(self, x, keep=None):
+        function = (F.UniformFakeQuantize.apply if self.spec.integer_zero_point
+                    else F.fractional_fake_quantize)
+        return function(x, self.spread(self.scale, x), self.spread(self.zero_point, x),
+                        *self.code_range, keep)
 
     @torch.no_grad()
     def encode(self, x):

@@ -108,6 +108,12 @@ class Shelf:
             count = os.write(self._file.fileno(), data)
             data, self._end = data[count:], self._end + count
 
+    def ahead(self, start, stop):
+        """Let the system read these bytes of the file while something else is done."""
+        if hasattr(os, 'posix_fadvise'):
+            os.posix_fadvise(
+                self._file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+
     def map(self, start, stop):
         """The bytes [start, stop) of the file; the mapping lives as long as its reader.
 
@@ -151,14 +157,21 @@ class Kept:
         """tuple[Tensor]: not to be written to."""
         if self._layout is None:
             return self._tensors
-        begin = self._layout[0][0]
-        place, dtype, _ = self._layout[-1]
-        stop = place + self.shapes[-1].numel() * dtype.itemsize
+        begin, stop = self._span()
         data = self.shelf.map(begin, stop)
         return tuple(
             torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=place - begin)
             .as_strided(shape, stride) if shape.numel() else torch.empty(shape, dtype=dtype)
             for shape, (place, dtype, stride) in zip(self.shapes, self._layout))
+
+    def ahead(self):
+        """It will be looked at soon."""
+        if self._layout is not None:
+            self.shelf.ahead(*self._span())
+
+    def _span(self):
+        place, dtype, _ = self._layout[-1]
+        return self._layout[0][0], place + self.shapes[-1].numel() * dtype.itemsize
 
 
 def _dense(tensor):

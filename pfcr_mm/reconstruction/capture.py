@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from .. import parallel
 from ..models.chain import State
 from ..modules import weights_once
-from .cache import FeatureCache
+from .cache import FeatureCache, Kept
 from .faults import BatchLimit
 
 _AT_ONCE = 8
@@ -41,11 +41,17 @@ class Stream:
     def batches(self, size, device, chosen=None):
         """Yield (indices, State) for all states or those `chosen`, equal shapes together."""
         chosen = range(len(self)) if chosen is None else set(chosen)
-        for bucket in self.buckets():
-            bucket = [i for i in bucket if i in chosen]
-            for k in range(0, len(bucket), size):
-                indices = bucket[k:k + size]
-                yield indices, self.batch(indices, device)
+        buckets = ([i for i in bucket if i in chosen] for bucket in self.buckets())
+        parts = (bucket[k:k + size] for bucket in buckets for k in range(0, len(bucket), size))
+        for indices, following in looking_ahead(parts):
+            self.ahead(following or ())
+            yield indices, self.batch(indices, device)
+
+    def ahead(self, indices):
+        """These states will be looked at soon."""
+        for state in (self.states[i] for i in indices):
+            if isinstance(state, Kept):
+                state.ahead()
 
     def buckets(self):
         """Lists of indices whose states can be batched together."""
@@ -121,6 +127,11 @@ class Targets(Sequence):
 
     def __len__(self):
         return len(self.streams[0])
+
+    def ahead(self, indices):
+        """These entries will be looked at soon."""
+        for stream in self.streams:
+            stream.ahead(indices)
 
     def __getitem__(self, index):
         return sum((stream.states[index].tensors for stream in self.streams), ())
@@ -203,6 +214,16 @@ def _log(line):
 def collate(entries, device):
     """Tuples of tensors, one an image, as one tuple of batches in float32."""
     return tuple(torch.cat(parts).to(device, torch.float32) for parts in zip(*entries))
+
+
+def looking_ahead(iterable):
+    """Yield (item, the one after it), None after the last."""
+    iterator = iter(iterable)
+    item = next(iterator, None)
+    while item is not None:
+        following = next(iterator, None)
+        yield item, following
+        item = following
 
 
 def split(entries, held_out):

@@ -69,13 +69,13 @@ class ImageNoise:
         self._seeds = [seed_of(self.seed, use, step, number) for number in numbers]
 
     def __call__(self, x, share):
-        """1 with probability `share` (in steps of 1/256), else 0.
+        """1 with probability `share` (in steps of 1/256), else 0; uint8.
 
         Shaped like `x`, whose first axis is image-major. Only a share of 0 gives no ones, and
         of 1 no zeros.
         """
         if share in (0, 1):
-            return torch.full_like(x, share)
+            return torch.full_like(x, share, dtype=torch.uint8)
         factor, rest = divmod(x.shape[0] if x.dim() else 0, max(1, sum(self.sizes)))
         if rest or not factor:
             if parallel.world_size() > 1:
@@ -87,13 +87,13 @@ class ImageNoise:
         if x.device not in self._generators:
             self._generators[x.device] = [
                 torch.Generator(x.device).manual_seed(seed) for seed in self._seeds]
-        mask, start = torch.empty_like(x, memory_format=torch.contiguous_format), 0
+        mask, start = torch.empty(x.shape, dtype=torch.bool, device=x.device), 0
         bound = min(255, max(1, round(256 * share)))
         for size, generator in zip(self.sizes, self._generators[x.device]):
             part = mask[start:start + size * factor]
             torch.lt(_bytes(part.shape, generator), bound, out=part)
             start += size * factor
-        return mask
+        return mask.view(torch.uint8)
 
 
 def _bytes(shape, generator):

@@ -12,8 +12,9 @@ from .. import parallel
 from ..errors import UsageError, check_keys
 from ..modules import QuantLayer, quantizers_of, weights_once
 from ..quantizers import fused_kernels, random_mask
+from ..quantizers.blocks import mixed
 from .build_loss import build_loss, check_loss, check_shareable
-from .capture import collate, split
+from .capture import collate, looking_ahead, split
 from .early_stop import EarlyStop, Plateau
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
 from .noise import ImageNoise
@@ -199,19 +200,19 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     noise = ImageNoise(generator.initial_seed())
     buckets = [[i for i in bucket if i in set(learn_on)] for bucket in roll.buckets]
     buckets = [b for b in buckets if b]
-    weights = torch.tensor([float(len(b)) for b in buckets])
     plateau, steps = Plateau(EarlyStop.build(config.early_stop)), 0
     every = 1 if device.type == 'cpu' else 10  # looking at a loss makes a GPU wait
     try:
         check(before, 'loss before learning', held(accept_on)[:1])
         with _undone_on_error(modules, saved), learned:
-            for step in range(config.iters if learned.parameters else 0):
+            picks = looking_ahead(_picks(
+                buckets, config.batch_size, config.iters if learned.parameters else 0, generator))
+            for step, (pick, following) in enumerate(picks):
                 progress = step / config.iters
                 learned.set_progress(progress)
-                bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
-                order = torch.randperm(len(bucket), generator=generator)[:config.batch_size]
-                pick = [bucket[i] for i in order.tolist()]
                 mine = held(pick)
+                for source in (quantized_inputs, float_inputs, targets) if following else ():
+                    source.ahead(held(following))
                 batch = None
                 if mine:
                     batch = Batch.collect(
@@ -246,6 +247,15 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     return dict(
         loss_before=before, loss_after=after, accepted=accepted, iters=steps,
         seconds=time.time() - began)
+
+
+def _picks(buckets, size, count, generator):
+    """Yield images of `count` batches, each of one bucket, drawn by their sizes."""
+    weights = torch.tensor([float(len(b)) for b in buckets])
+    for _ in range(count):
+        bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
+        order = torch.randperm(len(bucket), generator=generator)[:size]
+        yield [bucket[i] for i in order.tolist()]
 
 
 @dataclass
@@ -464,6 +474,6 @@ def _held_out_loss(chain, unit, inputs, targets, indices, loss_of, batch_size, d
 def _mix(quantized, floating, share, noise):
     """QDrop: each input element from the quantized prefix with probability `share`."""
     tensors = tuple(
-        torch.lerp(f, q, noise(q, share))  # with a weight of 0 or 1 exactly one of both
+        mixed(f, q, noise(q, share))
         for q, f in zip(quantized.tensors, floating.tensors))
     return quantized._replace(tensors=tensors)

@@ -2,6 +2,7 @@
 import copy
 import errno
 import gc
+import mmap
 import os
 import weakref
 
@@ -14,6 +15,7 @@ from pfcr_mm.models import State
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import ChainReconstructor, Stage, UnitConfig, build_schedule, cache
 from pfcr_mm.reconstruction.cache import FeatureCache, Shelf
+from pfcr_mm.reconstruction.capture import Stream, Targets, looking_ahead
 
 LEVELS = ['leaf', 'block', 'stage', 'backbone']
 CONFIG = UnitConfig(iters=3, batch_size=4, weight_lr=3e-3, input_mix=0.5, keep_prob=0.8)
@@ -46,6 +48,27 @@ def test_what_has_gaps_is_packed():
     for memory_mb in (None, 0):
         found, = FeatureCache(memory_mb=memory_mb).shelf().keep(State((x[:, :2], ))).tensors
         assert torch.equal(found, x[:, :2]) and found.is_contiguous()
+
+
+def test_what_comes_next_is_read_ahead(monkeypatch):
+    """Each state of the next batch, once, and before it is looked at; none in memory is."""
+    told = []
+    monkeypatch.setattr(os, 'posix_fadvise', lambda *args: told.append(args[1:]), raising=False)
+    store = FeatureCache(memory_mb=400 * 2 / 2**20)  # two states
+    shelf = store.shelf()
+    states = Stream([shelf.keep(State((torch.randn(1, 100), ))) for _ in range(9)])
+    seen = [(indices, len(told)) for indices, _ in states.batches(3, 'cpu')]
+    assert seen == [([0, 1, 2], 3), ([3, 4, 5], 6), ([6, 7, 8], 6)]
+    pages = [page * mmap.ALLOCATIONGRANULARITY for page in range(1, 7)]
+    assert told == [(page, 400, os.POSIX_FADV_WILLNEED) for page in pages]
+    states.ahead([0, 1])
+    Targets(states, states).ahead([2])
+    assert [start for start, *_ in told[6:]] == [0, 0]
+
+
+def test_nothing_comes_after_the_last():
+    assert list(looking_ahead([])) == []
+    assert list(looking_ahead(iter([[3], [4], [5]]))) == [([3], [4]), ([4], [5]), ([5], None)]
 
 
 def test_the_limit_counts_what_is_there_now():

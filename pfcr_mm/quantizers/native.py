@@ -1,0 +1,209 @@
+"""Values and gradients of quantizers in one pass each, by `native.c`, for float tensors on a CPU.
+
+The same functions as in `eager.py`, which takes tensors of other types and on other devices, and
+all of them where the library was not built. Uniform values are the same to the bit; a logarithm
+within 1e-7 of the border of two codes may be rounded the other way.
+"""
+import ctypes
+import functools
+import importlib.util
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from . import eager
+from .blocks import dense_like
+
+SHARE = 2**16  # numbers that are worth a thread
+DIMS = 4
+
+
+@functools.cache
+def library():
+    """The compiled functions, or None where `native.c` was not built."""
+    found = importlib.util.find_spec('pfcr_mm.quantizers._native')
+    if found is None:
+        return None
+    functions = ctypes.CDLL(found.origin)
+    for name, (tensors, pointers, numbers) in dict(
+            uniform_values=(4, 5, 2), uniform_gradients=(5, 7, 2), log_values=(4, 5, 2),
+            log_gradients=(5, 8, 1)).items():
+        function = getattr(functions, f'pfcr_{name}')
+        function.argtypes = [
+            *[ctypes.c_void_p] * (1 + tensors + pointers), *[ctypes.c_float] * numbers]
+        function.restype = None
+    return functions
+
+
+def uniform_values(x, scale, zero_point, low, high, keep=None):
+    if not _takes(x, scale):
+        return eager.uniform_values(x, scale, zero_point, low, high, keep)
+    values = dense_like(x)
+    _Rows(values, scale, x, keep).run(
+        library().pfcr_uniform_values, [values], [scale, zero_point], [low, high])
+    return values
+
+
+def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, of_x=True,
+                      of_scale=True):
+    if not _takes(x, scale):
+        return eager.uniform_gradients(
+            grad, x, values, scale, zero_point, low, high, keep, of_x, of_scale)
+    grad_x = torch.empty_like(values) if of_x else None
+    total = _Rows(values, scale, grad, x, keep).run(
+        library().pfcr_uniform_gradients, [grad_x], [scale, zero_point], [low, high], summed=True)
+    return grad_x, _of_scale(total, scale, of_scale)
+
+
+def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
+    if not _takes(x, scale):
+        return eager.log_values(x, scale, steps, bits, zero_below, shift, known, keep)
+    values = dense_like(x)
+    last, scales, steps = 2**bits - 1, scale.unsqueeze(-1), steps.unsqueeze(-1)
+    codes = torch.arange(last + 1.0)
+    levels = torch.exp2(codes / -steps).mul_(scales)
+    borders = codes[1:] - 0.5
+    if zero_below:
+        levels[..., -1], borders[-1] = 0, last
+    borders = torch.exp2(borders.double() / -steps).mul_(scales).float()
+    _Rows(values, scale, x, keep).run(
+        library().pfcr_log_values, [values], [borders, levels.sub_(shift)], [last + 1, shift])
+    return values
+
+
+def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=True, of_scale=True):
+    if not _takes(x, scale):
+        return eager.log_gradients(
+            grad, x, values, scale, steps, last, shift, keep, of_x, of_scale)
+    grad_x = torch.empty_like(values) if of_x else None
+    # a little beyond both ends, which themselves are inside
+    ends = torch.exp2(-last / steps).mul_(1 - 1e-6).mul_(scale), scale * (1 + 1e-6)
+    total = _Rows(values, scale, grad, x, keep).run(
+        library().pfcr_log_gradients, [values, grad_x], ends, [shift], summed=True)
+    return grad_x, _of_scale(total, scale, of_scale)
+
+
+def _takes(x, scale):
+    """Whether this module does it: scales along one axis at most."""
+    return (library() is not None and x.dtype is scale.dtype is torch.float32
+            and x.device.type == 'cpu' and x.numel() > 0
+            and sum(count > 1 for count in scale.shape) <= 1)
+
+
+def _of_scale(total, scale, wanted):
+    return total.to(scale.dtype).div_(scale) if wanted else torch.zeros_like(scale)
+
+
+class _Rows:
+    """Tensors of one shape, row by row, with the scales that broadcast against them.
+
+    Args:
+        out (Tensor): dense, in the order of axes that rows are taken in.
+        scale (Tensor): broadcasts against it.
+        inputs (Tensor | None): shaped like it; where rows of one have gaps all are copied.
+    """
+
+    def __init__(self, out, scale, *inputs):
+        self.scale, self.inputs = scale, inputs
+        self.plan = _plan(out.shape, _aligned(scale, out.dim()), out.stride(),
+                          *((out if t is None else t).stride() for t in inputs))
+        if self.plan is None:
+            self.inputs = [
+                t if t is None else torch.empty_like(out, dtype=t.dtype).copy_(t) for t in inputs]
+            self.plan = _plan(out.shape, _aligned(scale, out.dim()), out.stride(),
+                              *[out.stride()] * len(inputs))
+        self.pieces = max(1, min(torch.get_num_threads(), out.numel() // SHARE, self.plan.length))
+
+    def run(self, function, outs, scales, numbers, summed=False):
+        """Call a function of `native.c`, in as many threads as torch has.
+
+        Args:
+            outs (list[Tensor | None]): with the strides of `out`; None is not wanted.
+            scales (list[Tensor]): of one or more numbers for each scale.
+            numbers (list[float]): passed on.
+            summed (bool): it adds up a number for each scale.
+
+        Returns:
+            Tensor: these sums, float64, shaped like the scale; None where nothing is.
+        """
+        plan, many = self.plan, self.scale.numel()
+        scales = [t.contiguous() for t in scales]  # kept until all is done
+        sums = torch.zeros((self.pieces, many), dtype=torch.float64) if summed else None
+        # address, stride in bytes along the axis that is shared out
+        places = [
+            *map(_place, self.inputs, plan.steps[2:]), *(_place(t, plan.steps[1]) for t in outs),
+            *(_place(t, plan.steps[0] * (t.numel() // many)) for t in scales)]
+
+        def one(piece, start, stop):
+            sizes = plan.sizes
+            if self.pieces > 1:
+                sizes = (ctypes.c_int64 * DIMS)(*sizes)
+                sizes[plan.axis] = stop - start
+            found = [address + start * step for address, step in places]
+            if summed:
+                found.append(sums.data_ptr() + 8 * (piece * many + start * plan.steps[0]))
+            function(sizes, *plan.strides[2:], plan.strides[1], plan.strides[0], *found, *numbers)
+
+        ends = [plan.length * piece // self.pieces for piece in range(self.pieces + 1)]
+        others = [_threads().submit(one, piece, *ends[piece:piece + 2])
+                  for piece in range(1, self.pieces)]
+        one(0, *ends[:2])
+        for other in others:
+            other.result()
+        if summed:
+            return (sums if self.pieces == 1 else sums.sum(0)).view(self.scale.shape)
+
+
+class _Plan(NamedTuple):
+    """How rows are gone through; strides of scales, outputs and inputs, in this order."""
+
+    sizes: object  # of the axes, and
+    strides: list  # of each tensor, as arrays of C
+    axis: int  # that is shared out to threads
+    length: int  # of it
+    steps: list  # of each tensor along it
+
+
+@functools.lru_cache(4096)
+def _plan(shape, *strides):
+    """A `_Plan`, or None where rows have gaps or axes are too many."""
+    axes = [(1, [0] + [1] * (len(strides) - 1))] if max(shape, default=1) == 1 else []
+    for i in sorted(range(len(shape)), key=lambda i: -strides[1][i]):
+        count, steps = shape[i], [stride[i] for stride in strides]
+        if count > 1 and axes and all(
+                outer == inner * count for outer, inner in zip(axes[-1][1], steps)):
+            axes[-1] = axes[-1][0] * count, steps
+        elif count > 1:
+            axes.append((count, steps))
+    if len(axes) > DIMS or any(step != 1 for step in axes[-1][1][1:]):
+        return None
+    first = DIMS - len(axes)
+    axes = [(1, [0] * len(strides))] * first + axes
+    sizes, steps = zip(*axes)
+    array = ctypes.c_int64 * DIMS
+    return _Plan(array(*sizes), [array(*each) for each in zip(*steps)], first, sizes[first],
+                 steps[first])
+
+
+def _place(tensor, step):
+    return (0, 0) if tensor is None else (tensor.data_ptr(), step * tensor.element_size())
+
+
+def _aligned(scale, dims):
+    """Strides of a scale without gaps along the axes that it broadcasts against."""
+    strides, step = [], 1
+    for count in reversed(scale.shape):
+        strides.append(step if count > 1 else 0)
+        step *= count
+    return (0, ) * (dims - scale.dim()) + tuple(reversed(strides))
+
+
+@functools.cache
+def _threads():
+    return ThreadPoolExecutor(os.cpu_count())
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads are not forked
