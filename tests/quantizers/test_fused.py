@@ -25,6 +25,17 @@ def test_values_and_gradients(name):
     assert 0 < (got[1] == 0).float().mean() < 1  # clipped values are among them
 
 
+@pytest.mark.parametrize('name', ['keys', 'gelu'])
+def test_what_is_dropped_stays_as_it_is(name):
+    function, x, *rest = CASES[name]
+    keep = (normal(*x.shape) < 0).to(torch.uint8)
+    want = values_and_gradients(function, x, *rest, keep)
+    with fused_kernels():
+        got = values_and_gradients(function, x, *rest, keep)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert torch.equal(got[0][keep == 0], x[keep == 0])
+
+
 @pytest.mark.parametrize('zero_below', [True, False])
 def test_what_is_no_number_stays_none(zero_below):
     x = torch.tensor([0.5, float('nan'), 0.25, 0.0])
