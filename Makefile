@@ -52,4 +52,5 @@ lint: $(STAMP)
 	$(PY) -m ruff check .
 
 clean:
-	rm -rf $(VENV) build dist pfcr_mm.egg-info work_dirs/demo .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist pfcr_mm.egg-info pfcr_mm/quantizers/_native*.so work_dirs/demo \
+		.pytest_cache .ruff_cache

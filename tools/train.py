@@ -25,6 +25,8 @@ def main():
     # -100 masks give denormal attention weights, which slow a CPU down
     torch.set_flush_denormal(True)
     if args.bf16:
+        if not hasattr(torch.backends.mkldnn, 'matmul'):
+            parser.error(f'--bf16 needs a newer torch than {torch.__version__}')
         for operation in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
             operation.fp32_precision = 'bf16'
     try:

@@ -15,6 +15,7 @@ from .. import parallel
 from ..errors import FaultError
 from ..models.reparam import fold_alike
 from ..models.state import load_model_state, model_state
+from ..quantizers import native
 from ..reconstruction import UnitRecord
 from .resume import (
     RunCheckpoints,
@@ -197,7 +198,8 @@ def environment():
     """What the last bits of a result depend on, beside the config."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=device,
-                processes=parallel.world_size())
+                processes=parallel.world_size(),
+                kernels='native' if native.library() else 'PyTorch')
 
 
 @cache

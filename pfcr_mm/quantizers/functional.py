@@ -4,6 +4,7 @@ Gradient rules: the round is straight-through, a clipped value passes no gradien
 and the scale gets the exact LSQ gradient (Esser et al., arXiv 1902.08153).
 """
 import torch
+from torch.autograd.function import once_differentiable
 
 from . import native
 from .blocks import mixed
@@ -61,6 +62,7 @@ class UniformFakeQuantize(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale, zero_point, values, keep = ctx.saved_tensors
         return *kernels.uniform_gradients(
@@ -117,6 +119,7 @@ class LogFakeQuantize(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, scale, steps, values, keep = ctx.saved_tensors
         return *kernels.log_gradients(

@@ -29,7 +29,7 @@ def fused_kernels(on=True):
 
 
 class _Fused:
-    """What stands in for the module `eager`."""
+    """What stands in for the module `native`."""
 
     @staticmethod
     def uniform_values(x, scale, zero_point, low, high, keep=None):

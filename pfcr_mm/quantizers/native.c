@@ -37,6 +37,9 @@ typedef const uint8_t *restrict flags;
 typedef float *restrict output;
 typedef int64_t size[4];
 
+/* `native.py` looks for the version of the functions' arguments that it knows. */
+void pfcr_version_1(void) {}
+
 /* ---- sums ------------------------------------------------------------------------------- */
 
 /* What is summed for one scale. */

@@ -1,32 +1,41 @@
 """Values and gradients of quantizers in one pass each, by `native.c`, for float tensors on a CPU.
 
 The same functions as in `eager.py`, which takes tensors of other types and on other devices, and
-all of them where the library was not built. Uniform values are the same to the bit; a logarithm
-within 1e-7 of the border of two codes may be rounded the other way.
+all of them where the library was not built. Uniform values are equal; a logarithm within 1e-7 of
+the border of two codes may be rounded the other way.
 """
 import ctypes
 import functools
 import importlib.util
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
 
+from ..errors import UsageError
 from . import eager
 from .blocks import dense_like
 
+VERSION = 1  # of the functions' arguments, as native.c has it
 SHARE = 2**16  # numbers that are worth a thread
 DIMS = 4
 
 
 @functools.cache
 def library():
-    """The compiled functions, or None where `native.c` was not built."""
+    """The compiled functions, or None where `native.c` was not built.
+
+    Raises:
+        UsageError: they were built from other sources.
+    """
     found = importlib.util.find_spec('pfcr_mm.quantizers._native')
     if found is None:
         return None
     functions = ctypes.CDLL(found.origin)
+    if getattr(functions, f'pfcr_version_{VERSION}', None) is None:
+        raise UsageError(f'{found.origin} is of another version of pfcr_mm; build it again: '
+                         'make setup, or pip install')
     for name, (tensors, pointers, numbers) in dict(
             uniform_values=(4, 5, 2), uniform_gradients=(5, 7, 2), log_values=(4, 5, 2),
             log_gradients=(5, 8, 1)).items():
@@ -38,7 +47,7 @@ def library():
 
 
 def uniform_values(x, scale, zero_point, low, high, keep=None):
-    if not _takes(x, scale):
+    if not _takes(x, keep, scale, zero_point):
         return eager.uniform_values(x, scale, zero_point, low, high, keep)
     values = dense_like(x)
     _Rows(values, scale, x, keep).run(
@@ -48,7 +57,7 @@ def uniform_values(x, scale, zero_point, low, high, keep=None):
 
 def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, of_x=True,
                       of_scale=True):
-    if not _takes(x, scale):
+    if not _takes(x, keep, scale, zero_point):
         return eager.uniform_gradients(
             grad, x, values, scale, zero_point, low, high, keep, of_x, of_scale)
     grad_x = torch.empty_like(values) if of_x else None
@@ -58,7 +67,7 @@ def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, 
 
 
 def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
-    if not _takes(x, scale):
+    if not _takes(x, keep, scale, steps):
         return eager.log_values(x, scale, steps, bits, zero_below, shift, known, keep)
     values = dense_like(x)
     last, scales, steps = 2**bits - 1, scale.unsqueeze(-1), steps.unsqueeze(-1)
@@ -74,7 +83,7 @@ def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
 
 
 def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=True, of_scale=True):
-    if not _takes(x, scale):
+    if not _takes(x, keep, scale, steps):
         return eager.log_gradients(
             grad, x, values, scale, steps, last, shift, keep, of_x, of_scale)
     grad_x = torch.empty_like(values) if of_x else None
@@ -85,11 +94,23 @@ def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=Tr
     return grad_x, _of_scale(total, scale, of_scale)
 
 
-def _takes(x, scale):
-    """Whether this module does it: scales along one axis at most."""
-    return (library() is not None and x.dtype is scale.dtype is torch.float32
-            and x.device.type == 'cpu' and x.numel() > 0
-            and sum(count > 1 for count in scale.shape) <= 1)
+def _takes(x, keep, scale, *others):
+    """Whether this module does it; what does not fit together is left to PyTorch to refuse.
+
+    Args:
+        x (Tensor): float32 on a CPU.
+        keep (Tensor | None): uint8, shaped like it.
+        scale (Tensor): along one axis of `x` at most.
+        others (Tensor): of the same shape as the scale, such as zero points.
+    """
+    many = [axis for axis, count in enumerate(reversed(scale.shape), 1) if count > 1]
+    return (library() is not None and x.device.type == 'cpu' and x.numel() > 0
+            and all(t.dtype is torch.float32 and t.device == x.device for t in (x, scale, *others))
+            and all(t.shape == scale.shape for t in others) and scale.dim() <= max(1, x.dim())
+            and len(many) <= 1 and all(scale.shape[-k] == x.shape[-k] for k in many)
+            and (keep is None or (
+                keep.dtype is torch.uint8 and keep.device == x.device and keep.shape == x.shape))
+            and not torch.jit.is_tracing() and not torch.compiler.is_compiling())
 
 
 def _of_scale(total, scale, wanted):
@@ -149,7 +170,10 @@ class _Rows:
         ends = [plan.length * piece // self.pieces for piece in range(self.pieces + 1)]
         others = [_threads().submit(one, piece, *ends[piece:piece + 2])
                   for piece in range(1, self.pieces)]
-        one(0, *ends[:2])
+        try:
+            one(0, *ends[:2])
+        finally:  # they write to what is freed behind us
+            wait(others)
         for other in others:
             other.result()
         if summed:

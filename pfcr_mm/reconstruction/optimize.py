@@ -141,7 +141,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         unit (Unit): leaves [start, stop) of the chain.
         quantized_inputs (Stream): the unit's input from the quantized prefix.
         float_inputs (Stream): the same from the float model.
-        targets (Sequence[tuple[Tensor]]): the float model's outputs, one entry an image held.
+        targets (Targets): the float model's outputs, one entry an image held.
         config (UnitConfig): rates and iterations.
         learn_weights (str): 'rounding' as the layers' rounding says, or 'float' for
             plain float weights (first stage of POS), or 'fixed' for activation scales alone.
@@ -200,6 +200,11 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     noise = ImageNoise(generator.initial_seed())
     buckets = [[i for i in bucket if i in set(learn_on)] for bucket in roll.buckets]
     buckets = [b for b in buckets if b]
+    sources = [targets]  # that a step reads, see Batch.collect
+    if config.input_mix > 0:
+        sources.append(quantized_inputs)
+    if config.input_mix < 1:
+        sources.append(float_inputs)
     plateau, steps = Plateau(EarlyStop.build(config.early_stop)), 0
     every = 1 if device.type == 'cpu' else 10  # looking at a loss makes a GPU wait
     try:
@@ -211,7 +216,7 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
                 progress = step / config.iters
                 learned.set_progress(progress)
                 mine = held(pick)
-                for source in (quantized_inputs, float_inputs, targets) if following else ():
+                for source in sources if following else ():
                     source.ahead(held(following))
                 batch = None
                 if mine:

@@ -1,11 +1,13 @@
 """Native kernels give what PyTorch's operations give, whatever the layout."""
 import multiprocessing
+import re
 
 import pytest
 import torch
 from kernel_cases import BY_HEAD, CASES, HEADS, LOG, ONE, STEPS, UNIFORM, normal
 from marks import needs_compiler
 
+from pfcr_mm.errors import UsageError
 from pfcr_mm.quantizers import eager, native
 from pfcr_mm.quantizers import functional as F
 
@@ -15,10 +17,20 @@ pytestmark = needs_compiler
 @pytest.fixture(params=[1, 3], ids=['one-thread', 'three-threads'])
 def threads(request, monkeypatch):
     monkeypatch.setattr(native, 'SHARE', 16)
+    pool, used = native._threads(), []
+    monkeypatch.setattr(native, '_threads', lambda: used.append(1) or pool)
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+    assert bool(used) == (request.param > 1)
+
+
+class Unused:
+    """Stands in for PyTorch's operations where they are not to be called."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f'eager.{name} was called')
 
 
 def both(monkeypatch, function, x, scale, *rest, grad=None, keep=None):
@@ -26,10 +38,13 @@ def both(monkeypatch, function, x, scale, *rest, grad=None, keep=None):
     found = []
     for kernels in (eager, native):
         monkeypatch.setattr(F, 'kernels', kernels)
+        if kernels is native and native.library():
+            monkeypatch.setattr(native, 'eager', Unused())
         x_, scale_ = x.detach().requires_grad_(), scale.clone().requires_grad_()
         values = function(x_, scale_, *rest, keep)
         values.backward(normal(*values.shape) if grad is None else grad)
         found.append((values.detach(), x_.grad, scale_.grad))
+    monkeypatch.setattr(native, 'eager', eager)
     return found
 
 
@@ -43,6 +58,7 @@ def arguments(function, rest):
 
 
 def test_it_is_built_and_used():
+    """With a compiler at hand, which the package's set-up asks for."""
     assert native.library() is not None, 'pfcr_mm.quantizers._native was not built; make setup'
     assert F.kernels is native
 
@@ -88,8 +104,7 @@ def test_many_scales(scale, threads, monkeypatch):
     pytest.param(normal(30, 14)[:, ::2], id='gaps'),
     pytest.param(normal(7, 30).t(), id='transposed'),
     pytest.param(normal(2, 3, 2, 3, 2, 3).permute(5, 0, 4, 1, 3, 2), id='six axes'),
-    pytest.param(normal(1, 30, 1), id='a column'),
-    pytest.param(normal(1), id='a number')])
+    pytest.param(normal(1, 60, 1), id='a column')])
 def test_layouts_that_rows_are_copied_for(x, threads, monkeypatch):
     want, got = both(monkeypatch, UNIFORM, x, ONE, torch.tensor([3.]), 0, 7,
                      grad=torch.ones(()).expand(x.shape))
@@ -117,6 +132,42 @@ def test_what_is_no_number_stays_none(count):
         assert values[2] == values.nan_to_num().max()
     _, grad_x, _ = (x, *native.log_gradients(x, x, x, ONE, STEPS, 15, 0.0))
     assert grad_x[1].isnan()
+
+
+@pytest.mark.parametrize('scale, zero, keep', [
+    pytest.param(torch.rand(3) + 1, torch.zeros(3), None, id='more scales than channels'),
+    pytest.param(torch.rand(9) + 1, torch.zeros(9), None, id='many more'),
+    pytest.param(torch.rand(4, 1) + 1, torch.ones(1, 1), None, id='one zero point'),
+    pytest.param(ONE, torch.tensor([8]), None, id='an integer'),
+    pytest.param(ONE, ONE * 0, torch.ones(4, 1), id='a share')])
+def test_what_does_not_fit_is_left_to_pytorch(scale, zero, keep):
+    """It broadcasts, or says why not; C would read what lies beside."""
+    x = normal(4, 1)
+    try:
+        want = eager.uniform_values(x, scale, zero, 0, 15, keep)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            native.uniform_values(x, scale, zero, 0, 15, keep)
+    else:
+        assert torch.equal(native.uniform_values(x, scale, zero, 0, 15, keep), want)
+
+
+def test_a_library_of_other_sources_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(native, 'VERSION', 0)
+    native.library.cache_clear()
+    try:
+        with pytest.raises(UsageError, match='another version.*make setup'):
+            native.library()
+    finally:
+        native.library.cache_clear()
+
+
+def test_a_second_derivative_is_refused():
+    x = normal(4, 5).requires_grad_()
+    grad, = torch.autograd.grad(
+        UNIFORM(x, ONE, ONE * 0, 0, 15).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
 
 
 def test_nothing_at_all():
