@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 
 REPO = Path(__file__).parents[2]
 MAKEFILE = (REPO / 'Makefile').read_text()
+# that `make setup` starts again for
+SOURCES = ('setup.py', 'constraints.txt', 'pfcr_mm/version.py', 'pfcr_mm/quantizers/native.c')
 
 
 def pins():
@@ -83,8 +85,8 @@ def test_demo_runs_the_demo_config():
 def checkout(tmp_path):
     """A folder with our Makefile, and a stand-in for pip and python."""
     (tmp_path / 'Makefile').write_text(MAKEFILE)
-    for name in ('setup.py', 'constraints.txt', 'pfcr_mm/version.py'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in SOURCES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('')
     python = tmp_path / '.venv' / 'bin' / 'python'
     python.parent.mkdir(parents=True)
@@ -106,7 +108,7 @@ def test_setup_is_not_repeated(checkout):
     assert (checkout / 'calls').read_text() == calls
 
 
-@pytest.mark.parametrize('name', ['setup.py', 'constraints.txt', 'pfcr_mm/version.py'])
+@pytest.mark.parametrize('name', SOURCES)
 def test_setup_runs_again_after_a_change(name, checkout):
     make(checkout, 'setup')
     (checkout / 'calls').unlink()
