@@ -15,8 +15,6 @@ def main():
     parser.add_argument('config', help='train config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides, key=value')
-    parser.add_argument('--bf16', action='store_true',
-                        help='multiply in bfloat16 (faster on a CPU with AMX; other weights)')
     args = parser.parse_args()
 
     cfg = Config.fromfile(args.config)
@@ -24,11 +22,6 @@ def main():
     cfg.work_dir = args.work_dir or cfg.get('work_dir', './work_dirs/train')
     # -100 masks give denormal attention weights, which slow a CPU down
     torch.set_flush_denormal(True)
-    if args.bf16:
-        if not hasattr(torch.backends.mkldnn, 'matmul'):
-            parser.error(f'--bf16 needs a newer torch than {torch.__version__}')
-        for operation in (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv):
-            operation.fp32_precision = 'bf16'
     try:
         with only_weights():
             Runner.from_cfg(cfg).train()

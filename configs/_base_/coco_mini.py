@@ -8,7 +8,7 @@ evaluates on the 103 val images.
 _base_ = ['../coco_mini/mask-rcnn_vit-ti_coco-mini.py', './pfcr.py']
 
 model = dict(type='pfcr_mm.QuantDetector', arch='MaskRCNN')
-load_from = 'work_dirs/coco_mini_float/iter_5400.pth'
+load_from = 'work_dirs/coco_mini_float/iter_4400.pth'
 default_hooks = dict(logger=dict(interval=1000))
 
 data_root = '{{$COCO_MINI:data/coco_mini/}}'
@@ -30,19 +30,16 @@ test_evaluator = dict(ann_file=parts + 'rest.json')
 quantize_cfg = dict(
     calibration=dict(images=96, held_out=16, search_images=32),
     levels=['leaf', 'block', 'pair', 'quad', 'backbone'],
-    # as few images, and the same backbone, as the classifier of vit_ti.py: half of the values stay
-    # float meanwhile, blocks have most of the iterations, coarse units move little
     reconstruction=dict(
-        iters=20, batch_size=4, weight_lr=2e-4, scale_lr=5e-3, weight_scale_lr=4e-4,
-        bias_lr=2e-4, keep_prob=0.5, input_mix=0.5,
+        iters=60, batch_size=4, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=1e-3,
+        bias_lr=5e-4,
         per_level=dict(
-            block=dict(iters=100),
-            pair=dict(iters=40, weight_lr=1e-4, scale_lr=1e-3, keep_prob=0.75, input_mix=0.75),
-            quad=dict(iters=40, weight_lr=5e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0),
-            backbone=dict(
-                iters=40, weight_lr=2e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0))),
+            leaf=dict(iters=40),
+            pair=dict(iters=80, weight_lr=4e-4),
+            quad=dict(iters=80, weight_lr=3e-4, scale_lr=3e-3),
+            backbone=dict(iters=120, weight_lr=1e-4, scale_lr=1e-3))),
     head_reconstruction=dict(
-        iters=100, keep_prob=1.0, input_mix=1.0,
+        iters=100,
         per_level=dict(
-            leaf=dict(iters=100), chain=dict(iters=100, weight_lr=1e-4, scale_lr=1e-3))),
+            leaf=dict(iters=100), chain=dict(iters=100, weight_lr=3e-4, scale_lr=3e-3))),
     rois=dict(proposals=32, detections=8))
