@@ -7,6 +7,7 @@ the border of two codes may be rounded the other way.
 import ctypes
 import functools
 import importlib.util
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
@@ -103,14 +104,22 @@ def _takes(x, keep, scale, *others):
         scale (Tensor): along one axis of `x` at most.
         others (Tensor): of the same shape as the scale, such as zero points.
     """
-    many = [axis for axis, count in enumerate(reversed(scale.shape), 1) if count > 1]
-    return (library() is not None and x.device.type == 'cpu' and x.numel() > 0
-            and all(t.dtype is torch.float32 and t.device == x.device for t in (x, scale, *others))
-            and all(t.shape == scale.shape for t in others) and scale.dim() <= max(1, x.dim())
-            and len(many) <= 1 and all(scale.shape[-k] == x.shape[-k] for k in many)
+    if library() is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    device = x.device
+    return (device.type == 'cpu' and _fits(x.shape, scale.shape)
+            and all(t.dtype is torch.float32 and t.device == device for t in (x, scale, *others))
+            and all(t.shape == scale.shape for t in others)
             and (keep is None or (
-                keep.dtype is torch.uint8 and keep.device == x.device and keep.shape == x.shape))
-            and not torch.jit.is_tracing() and not torch.compiler.is_compiling())
+                keep.dtype is torch.uint8 and keep.device == device and keep.shape == x.shape)))
+
+
+@functools.lru_cache(4096)
+def _fits(shape, scale):
+    """Whether scales broadcast against a tensor that is not empty, along one axis at most."""
+    many = [axis for axis, count in enumerate(reversed(scale), 1) if count > 1]
+    return (math.prod(shape) > 0 and len(scale) <= max(1, len(shape)) and len(many) <= 1
+            and all(scale[-axis] == shape[-axis] for axis in many))
 
 
 def _of_scale(total, scale, wanted):
@@ -167,6 +176,9 @@ class _Rows:
                 found.append(sums.data_ptr() + 8 * (piece * many + start * plan.steps[0]))
             function(sizes, *plan.strides[2:], plan.strides[1], plan.strides[0], *found, *numbers)
 
+        if self.pieces == 1:
+            one(0, 0, plan.length)
+            return sums.view(self.scale.shape) if summed else None
         ends = [plan.length * piece // self.pieces for piece in range(self.pieces + 1)]
         others = [_threads().submit(one, piece, *ends[piece:piece + 2])
                   for piece in range(1, self.pieces)]
@@ -176,8 +188,7 @@ class _Rows:
             wait(others)
         for other in others:
             other.result()
-        if summed:
-            return (sums if self.pieces == 1 else sums.sum(0)).view(self.scale.shape)
+        return sums.sum(0).view(self.scale.shape) if summed else None
 
 
 class _Plan(NamedTuple):
