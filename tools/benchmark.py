@@ -39,6 +39,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # as runs have it
     found = {}
     try:
         for part in (

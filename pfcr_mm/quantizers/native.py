@@ -132,18 +132,20 @@ class _Rows:
     Args:
         out (Tensor): dense, in the order of axes that rows are taken in.
         scale (Tensor): broadcasts against it.
-        inputs (Tensor | None): shaped like it; where rows of one have gaps all are copied.
+        inputs (Tensor | None): shaped like it; one whose rows have gaps is copied.
     """
 
     def __init__(self, out, scale, *inputs):
         self.scale, self.inputs = scale, inputs
-        self.plan = _plan(out.shape, _aligned(scale, out.dim()), out.stride(),
-                          *((out if t is None else t).stride() for t in inputs))
+        lies = out.shape, _aligned(scale, out.dim()), out.stride()
+        self.plan = _plan(*lies, *(_strides(t, out) for t in inputs))
         if self.plan is None:
-            self.inputs = [
-                t if t is None else torch.empty_like(out, dtype=t.dtype).copy_(t) for t in inputs]
-            self.plan = _plan(out.shape, _aligned(scale, out.dim()), out.stride(),
-                              *[out.stride()] * len(inputs))
+            self.inputs = [_dense(t, out) if _plan(*lies, _strides(t, out)) is None else t
+                           for t in inputs]
+            self.plan = _plan(*lies, *(_strides(t, out) for t in self.inputs))
+        if self.plan is None:  # none has gaps, but together they have too many axes
+            self.inputs = [_dense(t, out) for t in inputs]
+            self.plan = _plan(*lies, *[out.stride()] * len(inputs))
         self.pieces = max(1, min(torch.get_num_threads(), out.numel() // SHARE, self.plan.length))
 
     def run(self, function, outs, scales, numbers, summed=False):
@@ -224,6 +226,16 @@ def _plan(shape, *strides):
 
 def _place(tensor, step):
     return (0, 0) if tensor is None else (tensor.data_ptr(), step * tensor.element_size())
+
+
+def _strides(tensor, out):
+    """Of an input; one that is None is gone through like `out`."""
+    return (out if tensor is None else tensor).stride()
+
+
+def _dense(tensor, out):
+    """A copy of an input that lies like `out`."""
+    return None if tensor is None else torch.empty_like(out, dtype=tensor.dtype).copy_(tensor)
 
 
 def _aligned(scale, dims):
