@@ -22,11 +22,8 @@ quantize_cfg = dict(
         per_level=dict(
             leaf=dict(iters=20),
             pair=dict(iters=80, weight_lr=5e-4),
-            # where the loss of held-out images does not fall, these are not worth their time
-            stage=dict(iters=100, weight_lr=3e-4, scale_lr=3e-3,
-                       early_stop=dict(every=25, patience=2)),
-            backbone=dict(iters=150, weight_lr=1e-4, scale_lr=1e-3,
-                          early_stop=dict(every=25, patience=1)))),
+            stage=dict(iters=100, weight_lr=3e-4, scale_lr=3e-3),
+            backbone=dict(iters=150, weight_lr=1e-4, scale_lr=1e-3))),
     head_reconstruction=dict(
         iters=100,
         per_level=dict(
