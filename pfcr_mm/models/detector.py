@@ -1,7 +1,7 @@
 """`QuantDetector`: build an mmdet detector with quantized layers; name its parts."""
 import logging
 
-from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads import BaseRoIExtractor, CascadeRoIHead, StandardRoIHead
 from mmengine.logging import print_log
 from torch import nn
 
@@ -37,6 +37,9 @@ def QuantDetector(arch, quant, **cfg):  # noqa: N802  named as configs spell it
     detector.wants_float = False  # set while tools/quant.py loads what it is to quantize
     detector._register_load_state_dict_pre_hook(_warn_of_float, with_module=True)
     detector._register_load_state_dict_pre_hook(_fold_norms, with_module=True)
+    for extractor in detector.modules():
+        if isinstance(extractor, BaseRoIExtractor):
+            extractor.register_forward_pre_hook(_warn_of_layout)
     return detector
 
 
@@ -46,6 +49,16 @@ def _warn_of_float(detector, state_dict, prefix, *_):
         print_log(
             'float weights in a quantized detector: it runs in float; load a checkpoint that '
             'tools/quant.py wrote', 'current', logging.WARNING)
+
+
+def _warn_of_layout(extractor, args):
+    """Say so, once, where RoI features are not those of the map."""
+    if not getattr(extractor, 'told', False) and not all(m.is_contiguous() for m in args[0]):
+        extractor.told = True
+        print_log(
+            "maps with channels last in memory reach mmcv's RoIAlign, which misreads them: RoI "
+            'heads see something else, in training too; let the neck return contiguous maps',
+            'current', logging.WARNING)
 
 
 def _fold_norms(detector, state_dict, prefix, *_):

@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from mmdet.models import MaskRCNN
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from tiny_models import predict
 
@@ -100,3 +101,19 @@ def test_a_subclass_with_its_own_forward_has_no_chain(tiny_config):
     detector = MODELS.build(dict(type='pfcr_mm.QuantDetector', arch=arch, quant={}, **config))
     chains, without = part_chains(detector)
     assert 'neck' not in chains and without == {'neck': 'PAFPN has a forward of its own'}
+
+
+def test_maps_that_roi_align_misreads_are_told_once(build_quantized, caplog, monkeypatch):
+    """Features from channels last are others, whatever else is equal: that is mmcv's doing."""
+    detector = build_quantized()
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'handlers', [caplog.handler])
+    extractor = detector.roi_head.bbox_roi_extractor
+    maps = detector.extract_feat(torch.randn(1, 3, 64, 64))[:4]
+    assert all(m.is_contiguous() for m in maps)
+    boxes = torch.tensor([[0, 3., 5, 30, 40]])
+    plain = extractor(maps, boxes)
+    assert not caplog.messages
+    for _ in range(2):
+        turned = extractor([m.to(memory_format=torch.channels_last) for m in maps], boxes)
+    assert not torch.allclose(turned, plain, rtol=0.1)
+    assert len([m for m in caplog.messages if 'channels last' in m]) == 1

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from mmcv.cnn import ConvModule
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from test_reparam import scale_channels, worst
 from tiny_models import calibrated, fold_by, predict, randomise
 from torch import nn
+from torchvision.ops import roi_align
 
 from pfcr_mm.models import QuantConfig, State, convert, part_chains, reparameterise
 from pfcr_mm.models.checkpoint import (
@@ -341,6 +343,31 @@ def test_the_neck_has_all_strides(vit, images):
     maps = vit.neck(vit.backbone(images[1][0]))
     assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)]
     assert all(m.shape[1] == 16 for m in maps)
+
+
+@pytest.mark.parametrize('quantized', [False, True], ids=['float', 'quantized'])
+def test_roi_heads_see_what_is_on_the_maps(vit, images, quantized):
+    """Against torchvision: mmcv's RoIAlign asks nothing of the memory that it is handed."""
+    set_quantization(vit, quantized, quantized)
+    maps = vit.extract_feat(torch.cat([images[1][0]] * 2) + torch.randn(2, 1, 1, 1))
+    assert all(m.is_contiguous() for m in maps)
+    boxes = torch.tensor([[0, 3., 5, 30, 40], [1, 20, 2, 90, 60], [1, 0, 0, 8, 8]])
+    extractor = vit.roi_head.bbox_roi_extractor
+    found = extractor(maps[:4], boxes)
+    level, layer = extractor.map_roi_levels(boxes, 4), extractor.roi_layers
+    for k, box in enumerate(boxes):
+        own = layer[level[k]]
+        expected = roi_align(
+            maps[level[k]], box[None], own.output_size, own.spatial_scale, own.sampling_ratio or -1,
+            aligned=True)[0]
+        assert torch.allclose(found[k], expected, atol=1e-5)
+
+
+def test_without_norms_the_neck_gives_plain_maps_too(images):
+    neck = MODELS.build(dict(type='pfcr_mm.SimpleFPN', backbone_channel=8, out_channels=8))
+    for norm in [m for m in neck.modules() if isinstance(m, ConvModule)]:
+        norm.with_norm = False
+    assert all(m.is_contiguous() for m in neck(torch.randn(2, 8, 6, 5)))
 
 
 def test_intermediate_maps_are_side_outputs():

@@ -11,9 +11,17 @@ from ..chain import Chain, Leaf, State
 
 @MODELS.register_module()
 class LN2d(LayerNorm2d):
-    """LayerNorm over the channels of a map (B, C, H, W), for `norm_cfg` of necks and heads."""
+    """LayerNorm over the channels of a map (B, C, H, W), for `norm_cfg` of necks and heads.
+
+    The result lies in memory as its axes say. timm's has channels last, and mmcv's RoIAlign takes
+    what it is given for a map without asking: heads would see something else than the map.
+    """
 
     _abbr_ = 'norm_layer'  # the name it has inside a ConvModule, also in ViTDet's checkpoints
+
+    def forward(self, x):
+        """Args: x (B, C, H, W). Returns: the same shape, contiguous."""
+        return super().forward(x).contiguous()
 
 
 @MODELS.register_module()
