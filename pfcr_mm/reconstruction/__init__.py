@@ -5,10 +5,11 @@ from .calibrate import calibrate, observe
 from .faults import Faults
 from .fit_weights import MomentObserver, compensate_weights, not_fitted, round_weights
 from .norm_rows import NormRows
-from .optimize import UnitConfig, UnitRecord
+from .optimize import UnitRecord
 from .pfcr import ChainReconstructor, harden
 from .pos import POSConfig, Stage
 from .schedule import build_schedule, share_iterations, traversal_string
+from .unit_config import UnitConfig
 from .units import LEVELS, Unit, units_of
 
 __all__ = [

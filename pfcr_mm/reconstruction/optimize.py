@@ -3,113 +3,20 @@ import itertools
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from .. import parallel
-from ..errors import UsageError, check_keys
-from ..modules import QuantLayer, quantizers_of, weights_once
-from ..quantizers import fused_kernels, random_mask
+from ..modules import weights_once
 from ..quantizers.blocks import mixed
-from .build_loss import build_loss, check_loss, check_shareable
+from .build_loss import build_loss, check_shareable
 from .capture import collate, looking_ahead, split
 from .early_stop import EarlyStop, Plateau
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
+from .learned_parameters import LearnedParameters
 from .noise import ImageNoise
-from .precision import Precision, check_autocast
-
-
-@dataclass
-class UnitConfig:
-    """How units of one level are optimised.
-
-    Args:
-        iters (int): optimisation steps.
-        batch_size (int): images a step.
-        weight_lr (float): Adam rate of latent weights of up to 4 bits; those of more bits have
-            it in proportion to their step.
-        adaround_lr (float | None): Adam rate of AdaRound variables, which does not decay: they are
-            to come to a decision. None is 20 / iters: 1e-3 for the 20,000 iterations of published
-            runs, and in shorter ones the same way to go, but 0.1 at most, beyond which they
-            overshoot.
-        scale_lr (float): rate of activation scales, relative to the scale.
-        weight_scale_lr (float): rate of weight scales, relative; 0 keeps them.
-        bias_lr (float): rate of biases.
-        norm_lr (float): rate of LayerNorm weights and biases; 0 keeps them.
-        input_mix (float): share of input elements from the quantized prefix, in steps of
-            1/256; the rest is float (QDrop). 1 is the pure quantized prefix, 0 the float one.
-        keep_prob (float): share of activations quantized inside the unit (QDrop), as finely.
-        loss (str | dict): a name of the RECONSTRUCTION_LOSSES table, or dict(type=name, ...).
-        clip_grad (float): bound on the gradient norm of the weights; 0 is none.
-        early_stop (dict | None): `EarlyStop` fields: fewer steps where the held-out loss no
-            longer falls. Rates decay as for all `iters`. None is never.
-        autocast (str | None): 'bfloat16' or 'float16': steps run under torch.autocast, with
-            quantizers, losses and the optimiser in float32, as held-out losses always are.
-        compile (bool): quantizers of the steps as kernels fused by torch.compile.
-    """
-
-    iters: int = 200
-    batch_size: int = 8
-    weight_lr: float = 5e-4
-    adaround_lr: float | None = None
-    scale_lr: float = 5e-3
-    weight_scale_lr: float = 1e-3
-    bias_lr: float = 5e-4
-    norm_lr: float = 0.0
-    input_mix: float = 1.0
-    keep_prob: float = 1.0
-    loss: object = 'channel_mse'
-    clip_grad: float = 0.0
-    early_stop: object = None
-    autocast: object = None
-    compile: bool = False
-
-    def __post_init__(self):
-        for name, least in (('iters', 1), ('batch_size', 1)):
-            value = getattr(self, name)
-            if not _is_number(value) or not isinstance(value, int) or value < least:
-                raise UsageError(f'{name}={value!r} is not an integer of {least} or more')
-        for name in ('weight_lr', 'adaround_lr', 'scale_lr', 'weight_scale_lr', 'bias_lr',
-                     'norm_lr', 'clip_grad'):
-            value = getattr(self, name)
-            if value is None and name == 'adaround_lr':
-                continue
-            if not _is_number(value) or value < 0:
-                raise UsageError(f'{name}={value!r} is not a number of 0 or more')
-        if not 0 <= self.input_mix <= 1:
-            raise UsageError(f'input_mix={self.input_mix!r} is not from 0 to 1')
-        if not 0 < self.keep_prob <= 1:
-            raise UsageError(f'keep_prob={self.keep_prob!r} is not above 0 and at most 1')
-        EarlyStop.build(self.early_stop)
-        check_autocast(self.autocast)
-        if not isinstance(self.compile, bool):
-            raise UsageError(f'compile={self.compile!r} is neither True nor False')
-
-    @property
-    def rounding_lr(self):
-        """`adaround_lr` in force."""
-        return min(20 / self.iters, 0.1) if self.adaround_lr is None else self.adaround_lr
-
-    @classmethod
-    def build(cls, base, level, key='reconstruction', more=None):
-        """From a base dict and the per-level overrides in base['per_level'].
-
-        `more` is another such dict, laid over it.
-        """
-        merged = {}
-        for layer in (base, more or {}):
-            merged.update({k: v for k, v in layer.items() if k != 'per_level'})
-            merged.update(layer.get('per_level', {}).get(level, {}))
-        check_keys(merged, [f.name for f in fields(cls)], key)
-        check_loss(merged.get('loss', cls.loss), f'{key}.loss')
-        return cls(**merged)
-
-
-def _is_number(value):
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value))
 
 
 @dataclass
@@ -313,134 +220,6 @@ def _undone_on_error(modules, saved):
     except BaseException:
         restore(modules, saved)
         raise
-
-
-def step_share(bits):
-    """Step of a weight's grid as a share of that of 4 bits, at most 1.
-
-    A rate that turns the roundings of 4-bit weights moves those of 8 bits a step an iteration.
-    """
-    return min(1.0, 15 / (2**bits - 1))
-
-
-class LearnedParameters:
-    """The parameters a unit learns, with their optimiser, as a context manager.
-
-    On entry roundings are opened and gradients enabled, on exit all is closed again.
-    """
-
-    def __init__(self, modules, config, learn_weights):
-        self.modules = modules
-        self.config = config
-        self.learn_weights = learn_weights
-        self.open = []  # layers with an open rounding
-
-    def __enter__(self):
-        config, groups = self.config, {}
-
-        def add(parameter, lr, decays=True):
-            if lr > 0:
-                groups.setdefault((lr, decays), []).append(parameter)
-
-        self.clipped = []
-        roots = () if self.learn_weights == 'fixed' else self.modules
-        for layer in (m for root in roots for m in root.modules()):
-            if isinstance(layer, QuantLayer):
-                if self.learn_weights == 'float' or layer.rounding.learns_weight:
-                    add(layer.weight, config.weight_lr * step_share(layer.weight_quantizer.bits))
-                    self.clipped.append(layer.weight)
-                if self.learn_weights != 'float' and layer.weight_quantizer.enabled:
-                    own = layer.rounding.open(layer.weight, layer.weight_quantizer)
-                    if own:
-                        self.open.append(layer)
-                    for parameter in own:
-                        add(parameter, config.rounding_lr, decays=False)
-                    if not own:  # AdaRound's up or down holds for one scale only
-                        add(layer.weight_quantizer.log_scale, config.weight_scale_lr)
-                if layer.bias is not None:
-                    add(layer.bias, config.bias_lr)
-            elif isinstance(layer, torch.nn.LayerNorm):
-                add(layer.weight, config.norm_lr)
-                add(layer.bias, config.norm_lr)
-        self.activations = []
-        for root in self.modules:
-            for name, quantizer in quantizers_of(root):
-                if name.rpartition('.')[2] != 'weight_quantizer' and quantizer.enabled:
-                    add(quantizer.log_scale, config.scale_lr)
-                    self.activations.append(quantizer)
-        for quantizer in self.activations:
-            quantizer.keep_prob = config.keep_prob
-        self.parameters = [p for group in groups.values() for p in group]
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        if self.parameters:
-            self.precision = Precision(config.autocast, self.parameters[0].device)
-            self.optimizer = torch.optim.Adam(
-                [dict(params=params, lr=lr, base_lr=lr, decays=decays)
-                 for (lr, decays), params in groups.items()],
-                fused=all(p.device.type in ('cpu', 'cuda') for p in self.parameters))
-        return self
-
-    def set_progress(self, progress):
-        """Cosine decay to zero of all rates but AdaRound's."""
-        factor = 0.5 * (1 + math.cos(math.pi * progress))
-        for group in self.optimizer.param_groups:
-            if group['decays']:
-                group['lr'] = group['base_lr'] * factor
-
-    def backward(self, chain, unit, batch, loss_of, progress, limit):
-        """This process's part of the gradient of one step, `limit` images at a time.
-
-        `batch` is None where it holds none of the batch's images.
-
-        Returns:
-            GradientSum: its part; those of all processes are to be settled.
-        """
-        found = parallel.GradientSum(self.parameters, self.precision.scaler.scale)
-        if parallel.is_main():  # once a step, over all parts and processes
-            extra = sum(layer.rounding.regularisation(progress) for layer in self.open)
-            if torch.is_tensor(extra):
-                self.precision.scaler.scale(extra).backward()
-        for quantizer in self.activations if batch else ():
-            quantizer.noise = batch.noise
-        for state, target, share in batch.parts(limit) if batch else ():
-            with weights_once(self.modules), fused_kernels(self.config.compile):
-                outputs = self.precision.run(chain, unit, state)
-                found.backward(loss_of(outputs, target) * share)
-        return found
-
-    def update(self):
-        """One step of the optimiser along the gradient."""
-        if all(p.grad is None for p in self.parameters):  # the scaler wants one at least
-            return
-        scaler = self.precision.scaler
-        scaler.unscale_(self.optimizer)
-        if self.config.clip_grad > 0 and self.clipped:
-            torch.nn.utils.clip_grad_norm_(self.clipped, self.config.clip_grad)
-        scaler.step(self.optimizer)
-        scaler.update()
-
-    @contextmanager
-    def paused(self):
-        """The unit as it is if learning ends here."""
-        for quantizer in self.activations:
-            quantizer.keep_prob = 1.0
-        for layer in self.open:
-            layer.rounding.is_open = False
-        yield
-        for quantizer in self.activations:
-            quantizer.keep_prob = self.config.keep_prob
-        for layer in self.open:
-            layer.rounding.is_open = True
-
-    def __exit__(self, *_):
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for quantizer in self.activations:
-            quantizer.keep_prob, quantizer.noise = 1.0, random_mask
-        for layer in self.open:
-            layer.rounding.close()
 
 
 def unit_modules(chain, unit):

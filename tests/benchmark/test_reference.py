@@ -9,7 +9,8 @@ from pfcr_mm.modules import QuantLayer
 from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
 from pfcr_mm.quantizers.blocks import SIZE
 from pfcr_mm.reconstruction import UnitConfig
-from pfcr_mm.reconstruction.optimize import LearnedParameters, unit_modules
+from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
+from pfcr_mm.reconstruction.optimize import unit_modules
 
 
 def close(got, want, tolerance=2e-4):

@@ -610,7 +610,7 @@ class DyingDataset(ShapesDataset):
 
 
 def test_nan_in_a_unit_stops_where_the_config_says_so(quick, tmp_path, capsys, monkeypatch):
-    from pfcr_mm.reconstruction.optimize import LearnedParameters
+    from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
     real = LearnedParameters.update
 
     def update(self):

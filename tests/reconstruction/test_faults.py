@@ -64,9 +64,10 @@ def test_out_of_memory_halves_the_batch(error, rounding, little_memory):
 def test_one_step_in_parts_has_the_same_gradient():
     """Entries of several rows, and a regulariser that counts once."""
     from pfcr_mm.models.chain import State
+    from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
     from pfcr_mm.reconstruction.losses import MSELoss
     from pfcr_mm.reconstruction.noise import ImageNoise
-    from pfcr_mm.reconstruction.optimize import Batch, LearnedParameters, unit_modules
+    from pfcr_mm.reconstruction.optimize import Batch, unit_modules
     from pfcr_mm.reconstruction.units import units_of
     model, teacher, _ = toy('adaround', branches=2)
     chain = chain_of(model)
@@ -129,7 +130,7 @@ def test_other_errors_pass():
 @pytest.fixture()
 def spoilt(monkeypatch):
     """spoilt(model, harm): at the third step of the second unit, `harm(model)` is done."""
-    from pfcr_mm.reconstruction.optimize import LearnedParameters
+    from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
     real, seen = LearnedParameters.update, []
 
     def plan(model, harm):

@@ -22,7 +22,8 @@ from pfcr_mm.reconstruction import (
     pfcr,
     units_of,
 )
-from pfcr_mm.reconstruction.optimize import LearnedParameters, unit_modules
+from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
+from pfcr_mm.reconstruction.optimize import unit_modules
 
 DEVICE = torch.device('cpu')
 ROUNDINGS = pytest.mark.parametrize('rounding', ['latent', 'adaround', 'nearest'])

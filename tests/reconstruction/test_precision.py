@@ -13,14 +13,10 @@ from pfcr_mm.quantizers import QuantizerSpec, build_quantizer
 from pfcr_mm.reconstruction import UnitConfig, harden, units_of
 from pfcr_mm.reconstruction.capture import Targets, advance
 from pfcr_mm.reconstruction.faults import Faults
+from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
 from pfcr_mm.reconstruction.losses import ChannelMSELoss
 from pfcr_mm.reconstruction.noise import ImageNoise
-from pfcr_mm.reconstruction.optimize import (
-    Batch,
-    LearnedParameters,
-    reconstruct,
-    unit_modules,
-)
+from pfcr_mm.reconstruction.optimize import Batch, reconstruct, unit_modules
 
 HALF = pytest.mark.parametrize('name', ['bfloat16', 'float16'])
 

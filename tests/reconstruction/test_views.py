@@ -16,7 +16,7 @@ from pfcr_mm.reconstruction import (
     traversal_string,
     units_of,
 )
-from pfcr_mm.reconstruction.optimize import LearnedParameters
+from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
 from pfcr_mm.reconstruction.units import Unit
 from pfcr_mm.reconstruction.views import (
     FINAL,
