@@ -2,16 +2,20 @@
 import torch
 import torch.nn.functional as F
 
+from .. import parallel
 from ..models.chain import State
 from ..reconstruction.cache import FeatureCache, Shelf
 from ..reconstruction.capture import Images
 from ..reconstruction.noise import seed_of
 
 LEAST_AREA = 0.4  # of the image, in a crop
+PASTED_AREA = 0.15, 0.5  # of the image, least and most, that CutMix replaces
 
 
-def with_views(images, views, learned_on, seed, cache=None):
+def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0):
     """Images to learn from several times, as cut and mirrored differently; the others once.
+
+    With CutMix (arXiv 1905.04899) each process meanwhile holds the images of all.
 
     Args:
         images (Images): of calibration.
@@ -20,12 +24,15 @@ def with_views(images, views, learned_on, seed, cache=None):
             whether a unit is kept, stay last.
         seed (int): draws the cuts, with the image's number.
         cache (FeatureCache | None): keeps the views.
+        cutmix (float): share of the further views into which a part of another image to learn
+            from is pasted.
 
     Returns:
         Images: numbered anew: the images, their second views, and so on, the others.
     """
     shelf = Shelf(cache or FeatureCache())
     entries = {}
+    others = _of_all(images) if cutmix > 0 and views > 1 else images
     for number, state, samples in zip(images.numbers, images.states, images.samples):
         if number >= learned_on:
             entries[number + (views - 1) * learned_on] = state, samples
@@ -35,6 +42,9 @@ def with_views(images, views, learned_on, seed, cache=None):
             place = number + view * learned_on
             generator = torch.Generator().manual_seed(seed_of(seed, 'view', place))
             inputs = cut_and_mirror(state.tensors[0], samples, generator)
+            if torch.rand(1, generator=generator) < cutmix:
+                other = others[torch.randint(learned_on, (1, ), generator=generator).item()]
+                inputs = paste(inputs, samples, *other, generator)
             entries[place] = shelf.keep(State((inputs, ))), samples
     places = sorted(entries)
     states, samples = zip(*map(entries.get, places)) if places else ((), ())
@@ -53,7 +63,7 @@ def cut_and_mirror(inputs, samples, generator):
     Returns:
         Tensor: like `inputs`. The aspect ratio of things stays.
     """
-    height, width = samples[0].metainfo.get('img_shape', inputs.shape[-2:])[:2]
+    height, width = _shape(inputs, samples)
     share, down, right, mirror = torch.rand(4, generator=generator).tolist()
     side = (LEAST_AREA + (1 - LEAST_AREA) * share)**0.5
     cut_height, cut_width = max(1, round(height * side)), max(1, round(width * side))
@@ -63,3 +73,46 @@ def cut_and_mirror(inputs, samples, generator):
     view = inputs.clone()
     view[..., :height, :width] = part.flip(-1) if mirror < 0.5 else part
     return view
+
+
+def paste(inputs, samples, other, other_samples, generator):
+    """An image with a random rectangle of another one, which is cut and mirrored before.
+
+    Args:
+        inputs (Tensor): (1, 3, H, W), normalised.
+        samples (list): one data sample; padding stays.
+        other (Tensor): (1, 3, H', W').
+        other_samples (list): its data sample.
+        generator (torch.Generator): draws.
+
+    Returns:
+        Tensor: like `inputs`. Where the other one is smaller, so is the rectangle.
+    """
+    sizes, other_sizes = _shape(inputs, samples), _shape(other, other_samples)
+    least, most = PASTED_AREA
+    side = (least + (most - least) * torch.rand(1, generator=generator).item())**0.5
+    sides = [max(1, min(round(size * side), bound)) for size, bound in zip(sizes, other_sizes)]
+    there, here = ([_somewhere(size - length, length, generator)
+                    for size, length in zip(each, sides)] for each in (other_sizes, sizes))
+    part = cut_and_mirror(other, other_samples, generator)[(..., *there)]
+    mixed = inputs.clone()
+    mixed[(..., *here)] = part
+    return mixed
+
+
+def _somewhere(room, length, generator):
+    """`length` pixels of a row that has `room` more, as a slice."""
+    start = torch.randint(room + 1, (1, ), generator=generator).item()
+    return slice(start, start + length)
+
+
+def _shape(inputs, samples):
+    """(h, w) of the image, without padding."""
+    return tuple(samples[0].metainfo.get('img_shape', inputs.shape[-2:])[:2])
+
+
+def _of_all(images):
+    """The images of all processes, by number."""
+    if parallel.world_size() == 1:
+        return images
+    return parallel.whole(parallel.Shard(images, images.numbers))

@@ -47,11 +47,11 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         calibration (dict): images, held_out (of these, for accepting units),
             search_images (of these, for scales and, in all views, fits; none held out),
             method, rounds, rows, dataset,
-            views (of each image learned from, see `with_views`), compensate (strength
-            of the ridge by which weights make up for quantized inputs, such as 0.01; None
-            leaves them), feed_back (whether rounding makes up for its errors; see
-            `fit_weights`), fit_norms (whether channel-wise scales after norms are fitted, see
-            `fit_channels`).
+            views (of each image learned from) and cutmix (share of the further ones that
+            show a part of another image, see `with_views`), compensate (strength of the ridge
+            by which weights make up for quantized inputs, such as 0.01; None leaves them),
+            feed_back (whether rounding makes up for its errors; see `fit_weights`), fit_norms
+            (whether channel-wise scales after norms are fitted, see `fit_channels`).
         levels (list[str]): units of the backbone, see `LEVELS`; [] only calibrates.
         head_levels (list[str]): units of neck and heads; [] leaves them calibrated.
         traversal (str): 'post_order' or 'level_order'.
@@ -195,7 +195,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         self.count(parallel.whole(parallel.Shard(
             (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
         self.images = with_views(
-            images, self.calibration['views'], self.learned_on, self.seed, self.cache)
+            images, self.calibration['views'], self.learned_on, self.seed, self.cache,
+            self.calibration['cutmix'])
         self.teacher = copy.deepcopy(self.model)
         self.teacher_chains, _ = part_chains(self.teacher)
 

@@ -11,7 +11,7 @@ from ..reconstruction.units import check_levels
 
 _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None, views=1, compensate=None, feed_back=False, fit_norms=False)
+    dataset=None, views=1, cutmix=0.0, compensate=None, feed_back=False, fit_norms=False)
 _ROIS = dict(proposals=64, detections=16)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 
@@ -28,6 +28,12 @@ def calibration_of(given):
             strength, (int, float)) or not 0 < strength < math.inf):
         raise UsageError(f'quantize_cfg.calibration.compensate={strength!r} is neither None nor '
                          'a number above 0')
+    share = found['cutmix']
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise UsageError(f'quantize_cfg.calibration.cutmix={share!r} is not from 0 to 1')
+    if share and found['views'] == 1:
+        raise UsageError('quantize_cfg.calibration.cutmix is for further views of the images; '
+                         'ask for some: quantize_cfg.calibration.views=4')
     for key in ('feed_back', 'fit_norms'):
         if not isinstance(found[key], bool):
             raise UsageError(

@@ -187,7 +187,8 @@ def test_image_by_image_it_is_the_same_to_the_bit(
     extra = ['quantize_cfg.images_at_once=1', f'randomness.seed={seed}',
              f'quantize_cfg.reconstruction.loss={loss}', 'quantize_cfg.evaluate.calibrated=False',
              'quantize_cfg.calibration.compensate=0.01', 'quantize_cfg.calibration.feed_back=True',
-             'quantize_cfg.calibration.fit_norms=True', 'quantize_cfg.calibration.views=2']
+             'quantize_cfg.calibration.fit_norms=True', 'quantize_cfg.calibration.views=2',
+             'quantize_cfg.calibration.cutmix=0.5']
     for size in (1, 2, 3):  # one too is a fork, with one thread
         group = quantize(size, quick(tmp_path / str(size), extra=extra))
         assert group.wait(600) == [0] * size, group.errors()
