@@ -22,6 +22,7 @@ from ..reconstruction import (
 from ..reconstruction.faults import check_seen
 
 _HEADS_FOLDED_BY = 8  # images; means and sizes of channels need few
+_FIT_VIEWS = 4  # of an image, that weights are fitted to; more take their time and change little
 
 
 class Calibrating:
@@ -103,12 +104,12 @@ class Calibrating:
     def _show(self, model, *observers, images=None, views=False):
         """Run `model` on the first calibration images, `search_images` at most, none held out.
 
-        With `views` on their further views instead, see `with_views`.
+        With `views` on their further views instead, see `with_views`; on three of them at most.
         """
         count = min(images or self.learned_on, self.calibration['search_images'])
         for index, number in enumerate(self.images.numbers):
             view, place = divmod(number, self.learned_on)
-            if view >= self.calibration['views']:
+            if view >= min(self.calibration['views'], _FIT_VIEWS):
                 break
             if place >= count or bool(view) is not views:
                 continue

@@ -45,7 +45,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
     Args:
         runner (QuantRunner): the runner.
         calibration (dict): images, held_out (of these, for accepting units),
-            search_images (of these, for scales and, in all views, fits; none held out),
+            search_images (of these, for scales and, in four views at most, fits; none held
+            out),
             method, rounds, rows, dataset,
             views (of each image learned from) and cutmix (share of the further ones that
             show a part of another image, see `with_views`), compensate (strength of the ridge

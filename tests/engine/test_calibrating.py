@@ -93,6 +93,13 @@ def test_fits_see_all_views_and_scales_the_images_alone():
     assert [seen for name, *_, seen in loop.passes if name == 'Observer'] == [first] * 3
 
 
+def test_fits_see_four_views_at_most():
+    loop, learned = Loop(views=6, search_images=1), IMAGES - HELD_OUT
+    loop.calibrate()
+    assert [seen for name, *_, seen in loop.passes if name == 'MomentObserver'] == [
+        [0], [learned, 2 * learned, 3 * learned]]
+
+
 def test_the_end_is_reached_once():
     loop = Loop()
     loop.calibrate()
