@@ -28,8 +28,9 @@ test_dataloader = dict(
 load_from = '{{$VIT_TINY:data/vit_tiny_patch16_224/vit_tiny_patch16_224.pth}}'
 
 quantize_cfg = dict(
-    # 112 images to learn from are learned by heart: each is cut and mirrored seven times besides
-    calibration=dict(images=128, held_out=16, search_images=128, views=8),
+    # 112 images to learn from are learned by heart: each is cut and mirrored seven times besides,
+    # and half of these views have a part of another one
+    calibration=dict(images=128, held_out=16, search_images=128, views=8, cutmix=0.5),
     # half of the values stay float meanwhile (QDrop); blocks have most of the iterations, and
     # coarse units move little
     reconstruction=dict(
@@ -40,7 +41,8 @@ quantize_cfg = dict(
             pair=dict(iters=40, weight_lr=1e-4, scale_lr=1e-3, keep_prob=0.75, input_mix=0.75),
             quad=dict(iters=40, weight_lr=5e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0),
             backbone=dict(
-                iters=60, weight_lr=2e-5, scale_lr=1e-3, keep_prob=1.0, input_mix=1.0,
-                loss='head_kl'))),
+                # from end to end 112 images teach activation scales; weights learn the images
+                iters=120, weight_lr=0.0, weight_scale_lr=0.0, bias_lr=0.0, scale_lr=1e-3,
+                keep_prob=1.0, input_mix=1.0, loss='head_kl'))),
     cache_dtype=None)
 default_hooks = dict(logger=dict(type='LoggerHook', interval=1000))

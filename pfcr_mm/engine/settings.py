@@ -31,9 +31,6 @@ def calibration_of(given):
     share = found['cutmix']
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
         raise UsageError(f'quantize_cfg.calibration.cutmix={share!r} is not from 0 to 1')
-    if share and found['views'] == 1:
-        raise UsageError('quantize_cfg.calibration.cutmix is for further views of the images; '
-                         'ask for some: quantize_cfg.calibration.views=4')
     for key in ('feed_back', 'fit_norms'):
         if not isinstance(found[key], bool):
             raise UsageError(

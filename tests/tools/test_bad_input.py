@@ -57,7 +57,6 @@ def refused(capsys):
     ('quantize_cfg.calibration.images=0', 'calibration.images'),
     ('quantize_cfg.calibration.views=0', 'calibration.views'),
     ('quantize_cfg.calibration.cutmix=2', 'calibration.cutmix=2 is not from 0 to 1'),
-    ('quantize_cfg.calibration.cutmix=0.5', 'calibration.views=4'),
     ('quantize_cfg.calibration.compensate=0', 'calibration.compensate=0'),
     ('quantize_cfg.calibration.feed_back=often', "calibration.feed_back='often'"),
     ('quantize_cfg.calibration.fit_norms=2', 'calibration.fit_norms=2'),

@@ -62,8 +62,8 @@ def plan_lines(loop):
     quant = loop.model.quant_config
     census = loop.model.census
     skipped = [record for record in census if record.skipped_reason]
-    cutmix = loop.calibration['cutmix']
-    mixed = f', {cutmix:.0%} of the further ones with CutMix' if cutmix else ''
+    views, cutmix = (loop.calibration[key] for key in ('views', 'cutmix'))
+    mixed = f', {cutmix:.0%} of the further ones with CutMix' if cutmix and views > 1 else ''
     height, width = max(loop.image_sizes, key=lambda size: size[0] * size[1])
     lines = [
         f'Plan: W{quant.weight_bits}A{quant.activation_bits}, first and last layers '
@@ -72,7 +72,7 @@ def plan_lines(loop):
         f'  bits: {_counts(map(_bits, census))}',
         f'  parts: {_counts(_part(loop, record.name) for record in census)} (layers)',
         f'  calibration: {loop.learned_on + loop.held_out} training images, {loop.held_out} of '
-        f"them to accept units by, the others in {loop.calibration['views']} views{mixed}; "
+        f"them to accept units by, the others in {views} views{mixed}; "
         f"method {loop.calibration['method']}; up to {width}x{height} pixels",
         f'  POS: {loop.pos.mode}; weight rounding: {quant.rounding}; {loop.traversal}',
     ]
