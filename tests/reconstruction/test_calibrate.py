@@ -162,10 +162,11 @@ def test_reservoir_keeps_extremes_and_a_fair_sample():
 
 def test_observing_is_reproducible_and_leaves_no_hooks(build_quantized, images):
     detector = build_quantized()
+    hooks = [len(m._forward_pre_hooks) for m in detector.modules()]
     first, second = see(detector, images[:1], rows=32), see(detector, images[:1], rows=32)
     for name, reservoir in first.layers.items():
         assert torch.equal(reservoir.rows, second.layers[name].rows)
-    assert not any(m._forward_pre_hooks for m in detector.modules())
+    assert [len(m._forward_pre_hooks) for m in detector.modules()] == hooks
 
 
 def test_observing_switches_quantizers_off(quantized, float_detector, images):
