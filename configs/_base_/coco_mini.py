@@ -28,18 +28,22 @@ test_dataloader = dict(
 test_evaluator = dict(ann_file=parts + 'rest.json')
 
 quantize_cfg = dict(
-    calibration=dict(images=96, held_out=16, search_images=32),
+    calibration=dict(
+        images=96, held_out=16, search_images=80, compensate=0.01, feed_back=True),
     levels=['leaf', 'block', 'pair', 'quad', 'backbone'],
+    # as for ViT-Ti on ImageNet: half of the values stay float meanwhile (QDrop), blocks have
+    # most of the iterations, and coarse units move little
     reconstruction=dict(
-        iters=60, batch_size=4, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=1e-3,
-        bias_lr=5e-4,
+        iters=20, batch_size=4, weight_lr=2e-4, scale_lr=5e-3, weight_scale_lr=4e-4,
+        bias_lr=2e-4, keep_prob=0.5, input_mix=0.5,
         per_level=dict(
-            leaf=dict(iters=40),
-            pair=dict(iters=80, weight_lr=4e-4),
-            quad=dict(iters=80, weight_lr=3e-4, scale_lr=3e-3),
-            backbone=dict(iters=120, weight_lr=1e-4, scale_lr=1e-3))),
+            leaf=dict(iters=20),
+            block=dict(iters=100),
+            pair=dict(iters=40, weight_lr=1e-4),
+            quad=dict(iters=40, weight_lr=5e-5, scale_lr=1e-3),
+            backbone=dict(iters=40, weight_lr=2e-5, scale_lr=1e-3))),
     head_reconstruction=dict(
         iters=100,
         per_level=dict(
-            leaf=dict(iters=100), chain=dict(iters=100, weight_lr=3e-4, scale_lr=3e-3))),
+            leaf=dict(iters=100), chain=dict(iters=100, weight_lr=1e-4, scale_lr=3e-3))),
     rois=dict(proposals=32, detections=8))
