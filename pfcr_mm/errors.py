@@ -1,4 +1,5 @@
 """The errors that the tools tell in one line."""
+import math
 
 
 class UsageError(ValueError):
@@ -15,6 +16,12 @@ def check_keys(given, known, key):
     for name in given:
         if name not in known:
             raise UsageError(f'{key}.{name} is not a known key; choose of {list(known)}')
+
+
+def is_number(value):
+    """Whether a value of a config is a finite number; True and False are none."""
+    return (isinstance(value, (int, float)) and not isinstance(value, bool)
+            and math.isfinite(value))
 
 
 class FaultError(UsageError):

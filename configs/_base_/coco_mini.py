@@ -37,7 +37,6 @@ quantize_cfg = dict(
         iters=20, batch_size=4, weight_lr=2e-4, scale_lr=5e-3, weight_scale_lr=4e-4,
         bias_lr=2e-4, keep_prob=0.5, input_mix=0.5,
         per_level=dict(
-            leaf=dict(iters=20),
             block=dict(iters=100),
             pair=dict(iters=40, weight_lr=1e-4),
             quad=dict(iters=40, weight_lr=5e-5, scale_lr=1e-3),

@@ -3,11 +3,10 @@
 A check is a function of the report and of `Limits` that yields (found, advice), one a place.
 They read only what report.json holds, so a report can be checked again from the file alone.
 """
-import math
 from dataclasses import dataclass, fields
 from statistics import median
 
-from ..errors import UsageError, check_keys
+from ..errors import UsageError, check_keys, is_number
 
 SHOWN = 3  # places named by a check; the rest is counted
 
@@ -57,8 +56,7 @@ class Limits:
             raise UsageError(f'{key}={given!r} is no dict')
         check_keys(given or {}, [field.name for field in fields(cls)], key)
         for name, value in (given or {}).items():
-            if (not isinstance(value, (int, float)) or isinstance(value, bool)
-                    or not math.isfinite(value)):
+            if not is_number(value):
                 raise UsageError(f'{key}.{name}={value!r} is not a number')
         return cls(**(given or {}))
 

@@ -24,8 +24,8 @@ def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0):
             whether a unit is kept, stay last.
         seed (int): draws the cuts, with the image's number.
         cache (FeatureCache | None): keeps the views.
-        cutmix (float): share of the further views into which a part of another image to learn
-            from is pasted.
+        cutmix (float): share of the further views into which a part of an image to learn from,
+            drawn among all, is pasted.
 
     Returns:
         Images: numbered anew: the images, their second views, and so on, the others.

@@ -1,9 +1,7 @@
 """What a `quantize_cfg` may say: checked before any work, every mistake in one line."""
-import math
-
 import torch
 
-from ..errors import UsageError, check_keys
+from ..errors import UsageError, check_keys, is_number
 from ..reconstruction import POSConfig, UnitConfig
 from ..reconstruction.calibrate import METHODS
 from ..reconstruction.faults import ON_NONFINITE
@@ -24,12 +22,11 @@ def calibration_of(given):
             f"quantize_cfg.calibration.method={found['method']!r} is not known; "
             f'choose one of {METHODS}')
     strength = found['compensate']
-    if strength is not None and (isinstance(strength, bool) or not isinstance(
-            strength, (int, float)) or not 0 < strength < math.inf):
+    if strength is not None and not (is_number(strength) and strength > 0):
         raise UsageError(f'quantize_cfg.calibration.compensate={strength!r} is neither None nor '
                          'a number above 0')
     share = found['cutmix']
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+    if not (is_number(share) and 0 <= share <= 1):
         raise UsageError(f'quantize_cfg.calibration.cutmix={share!r} is not from 0 to 1')
     for key in ('feed_back', 'fit_norms'):
         if not isinstance(found[key], bool):

@@ -1,7 +1,7 @@
 """Early stop: a unit that has learned what it can takes no more iterations."""
 from dataclasses import dataclass, fields
 
-from ..errors import UsageError, check_keys
+from ..errors import UsageError, check_keys, is_number
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class EarlyStop:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UsageError(f'early_stop.{name}={value!r} is not an integer of 1 or more')
         value = self.min_delta
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        if not (is_number(value) and 0 <= value < 1):
             raise UsageError(f'early_stop.min_delta={value!r} is not from 0 to below 1')
 
     @classmethod

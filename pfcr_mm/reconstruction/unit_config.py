@@ -1,8 +1,7 @@
 """How units are optimised: rates, iterations, what is mixed and what is stopped."""
-import math
 from dataclasses import dataclass, fields
 
-from ..errors import UsageError, check_keys
+from ..errors import UsageError, check_keys, is_number
 from .build_loss import check_loss
 from .early_stop import EarlyStop
 from .precision import check_autocast
@@ -56,14 +55,14 @@ class UnitConfig:
     def __post_init__(self):
         for name, least in (('iters', 1), ('batch_size', 1)):
             value = getattr(self, name)
-            if not _is_number(value) or not isinstance(value, int) or value < least:
+            if not is_number(value) or not isinstance(value, int) or value < least:
                 raise UsageError(f'{name}={value!r} is not an integer of {least} or more')
         for name in ('weight_lr', 'adaround_lr', 'scale_lr', 'weight_scale_lr', 'bias_lr',
                      'norm_lr', 'clip_grad'):
             value = getattr(self, name)
             if value is None and name == 'adaround_lr':
                 continue
-            if not _is_number(value) or value < 0:
+            if not is_number(value) or value < 0:
                 raise UsageError(f'{name}={value!r} is not a number of 0 or more')
         if not 0 <= self.input_mix <= 1:
             raise UsageError(f'input_mix={self.input_mix!r} is not from 0 to 1')
@@ -92,8 +91,3 @@ class UnitConfig:
         check_keys(merged, [f.name for f in fields(cls)], key)
         check_loss(merged.get('loss', cls.loss), f'{key}.loss')
         return cls(**merged)
-
-
-def _is_number(value):
-    return (isinstance(value, (int, float)) and not isinstance(value, bool)
-            and math.isfinite(value))

@@ -363,10 +363,10 @@ def test_roi_heads_see_what_is_on_the_maps(vit, images, quantized):
         assert torch.allclose(found[k], expected, atol=1e-5)
 
 
-def test_without_norms_the_neck_gives_plain_maps_too(images):
+def test_without_norms_the_neck_gives_plain_maps_too():
     neck = MODELS.build(dict(type='pfcr_mm.SimpleFPN', backbone_channel=8, out_channels=8))
-    for norm in [m for m in neck.modules() if isinstance(m, ConvModule)]:
-        norm.with_norm = False
+    for conv in [m for m in neck.modules() if isinstance(m, ConvModule)]:
+        conv.with_norm = False
     assert all(m.is_contiguous() for m in neck(torch.randn(2, 8, 6, 5)))
 
 
