@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from ..registry import QUANTIZERS, lookup
+from . import search
 from .spec import QuantizerSpec
 
 HALF = (torch.float16, torch.bfloat16)
@@ -68,6 +69,10 @@ class Quantizer(nn.Module):
         shape[self.axis] = -1
         return values.view(shape)
 
+    def by_scale(self, x):
+        """The values of `x` that each scale is of: (size, n)."""
+        return x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
+
     def forward(self, x):
         if not self.enabled:
             return x
@@ -110,6 +115,23 @@ class Quantizer(nn.Module):
             again (bool): what is set was found so already, for nearly this weight.
         """
         raise NotImplementedError
+
+    def refine_by(self, error, low, high, again=False):
+        """Search again, from what is set, for the least of an error.
+
+        Args:
+            error (callable): gives the error with the scales that are set, for each: (size,).
+            low, high (Tensor): extremes of the input, (size,).
+            again (bool): as for `refine`.
+        """
+        raise NotImplementedError
+
+    def _refine_by(self, error, set_grid, start, coarse, near):
+        def cost(*grid):
+            set_grid(*grid)
+            return error()
+
+        set_grid(*search.least(cost, start, coarse, near))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         if self.calibrated:

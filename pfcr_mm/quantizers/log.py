@@ -46,6 +46,12 @@ class LogQuantizer(Quantizer):
         self.set_grid(*search.refine_log_grid(
             inputs + self.spec.shift, weight, *self._grid(), self.spec, self.known_steps, again))
 
+    def refine_by(self, error, low, high, again=False):
+        top = (high + self.spec.shift).clamp(min=1e-8)
+        coarse = () if again else search.log_grids(top, self.spec, self.known_steps)
+        self._refine_by(error, self.set_grid, self._grid(), coarse,
+                        search.near_log(self.known_steps))
+
     def _grid(self):
         """Scales and steps an octave, each (size,)."""
         scale = self.scale

@@ -12,6 +12,7 @@ PERCENTILES = (0.99, 0.999, 0.9999, 0.99999)
 SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
 WEIGHT_FACTORS = torch.linspace(0.5, 1.15, 27).tolist()
 _SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+OCTAVES = (2.0**(-torch.arange(33) / 8)).tolist()
 NEAR_FACTORS = torch.linspace(0.8, 1.25, 10).tolist()
 _QUANTILE_LIMIT = 2**23  # torch.quantile fails above 2**24 elements
 
@@ -116,18 +117,17 @@ def search_log_grid(samples, spec, steps_per_octave=None, minmax=None):
         values = _on_log_grid(samples, scale[:, None], steps[:, None], spec)
         return (values - samples).square().mean(1)
 
-    return _best_of(_log_grids(top, spec, steps_per_octave), error)
+    return _best_of(log_grids(top, spec, steps_per_octave), error)
 
 
-def _log_grids(top, spec, steps_per_octave):
+def log_grids(top, spec, steps_per_octave):
     """Candidates (scale, steps an octave), both like `top`.
 
     Where steps are given, scales go down to a 16th of `top`; else to a 64th, with less
     between them, and levels over 1 to 16 octaves.
     """
     if steps_per_octave is not None:
-        return [(top * 2.0**(-step / 8), torch.full_like(top, steps_per_octave))
-                for step in range(33)]
+        return [(top * share, torch.full_like(top, steps_per_octave)) for share in OCTAVES]
     intervals = 2**spec.bits - 1 - spec.zero_below
     return [(top * 2.0**(-step / 2), torch.full_like(top, intervals / octaves))
             for step in range(13) for octaves in torch.linspace(0, 4, 17).exp2().tolist()]
@@ -237,14 +237,9 @@ def refine_activation(inputs, weight, scale, zero_point, spec, again=False):
             for zero in [zero_point] if spec.symmetric else zeros:
                 yield width, zero
 
-    def near(scale, zero_point):
-        for factor in NEAR_FACTORS:
-            for shift in (-1, 0, 1) if not spec.symmetric else (0, ):
-                yield scale * factor, (zero_point + shift).clamp(low, high)
-
     return _refine_input(
         inputs, weight, lambda *grid: on_uniform_grid(inputs, *grid, spec),
-        (scale, zero_point), () if again else coarse(), near)
+        (scale, zero_point), () if again else coarse(), near_uniform(spec))
 
 
 def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None, again=False):
@@ -260,21 +255,61 @@ def refine_log_grid(inputs, weight, scale, steps, spec, steps_per_octave=None, a
     Returns:
         tuple[Tensor, Tensor]: scale and steps an octave, (1,).
     """
-    stretches = (0.9, 1.0, 1.1) if steps_per_octave is None else (1.0, )
+    coarse = () if again else log_grids(inputs.amax().view(1), spec, steps_per_octave)
+    return _refine_input(
+        inputs, weight, lambda *grid: _on_log_grid(inputs, *grid, spec), (scale, steps), coarse,
+        near_log(steps_per_octave))
 
-    coarse = () if again else _log_grids(inputs.amax().view(1), spec, steps_per_octave)
+
+def uniform_grids(low, high, spec):
+    """Candidates (scale, zero point) of uniform quantizers: ranges from all to a 16th.
+
+    Args:
+        low, high (Tensor): extremes (groups,).
+        spec (QuantizerSpec): bits and symmetry.
+    """
+    for share in OCTAVES:
+        yield F.affine_from_range(low * share, high * share, spec.bits, spec.symmetric)
+
+
+def near_uniform(spec):
+    """A function from (scale, zero point) to candidates around them."""
+    low, high = F.uniform_code_range(spec.bits, spec.symmetric)
+
+    def near(scale, zero_point):
+        for factor in NEAR_FACTORS:
+            for shift in (-1, 0, 1) if not spec.symmetric else (0, ):
+                yield scale * factor, (zero_point + shift).clamp(low, high)
+
+    return near
+
+
+def near_log(steps_per_octave):
+    """A function from (scale, steps an octave) to candidates around them."""
+    stretches = (0.9, 1.0, 1.1) if steps_per_octave is None else (1.0, )
 
     def near(scale, steps):
         return [(scale * factor, steps * stretch)
                 for factor in NEAR_FACTORS for stretch in stretches]
 
-    return _refine_input(
-        inputs, weight, lambda *grid: _on_log_grid(inputs, *grid, spec), (scale, steps), coarse,
-        near)
+    return near
+
+
+def least(cost, start, coarse, near):
+    """The grid of least cost, for each scale: of `start` and `coarse`, then of it and `near` it.
+
+    Args:
+        cost (callable): takes a grid's tensors (groups,), gives costs (groups,).
+        start (tuple[Tensor]): a grid.
+        coarse (Iterable[tuple[Tensor]]): others.
+        near (callable): takes a grid's tensors, gives grids.
+    """
+    best = _best_of([start, *coarse], cost)
+    return _best_of([best, *near(*best)], cost)
 
 
 def _refine_input(inputs, weight, quantize, start, coarse, near):
-    """The grid of least output error of `start` and `coarse`, then of it and `near` it."""
+    """`least` for the error of a layer's output."""
     output_error = _relative_output_error(inputs, weight)
     if output_error is None:
         return start
@@ -282,8 +317,7 @@ def _refine_input(inputs, weight, quantize, start, coarse, near):
     def cost(*grid):
         return output_error(quantize(*grid))
 
-    best = _best_of([start, *coarse], cost)
-    return _best_of([best, *near(*best)], cost)
+    return least(cost, start, coarse, near)
 
 
 def _relative_output_error(inputs, weight):

@@ -48,3 +48,8 @@ class UniformQuantizer(Quantizer):
     def refine(self, inputs, weight, again=False):
         self.set_scale(*search.refine_activation(
             inputs, weight, self.scale, self.zero_point, self.spec, again))
+
+    def refine_by(self, error, low, high, again=False):
+        coarse = () if again else search.uniform_grids(low, high, self.spec)
+        self._refine_by(error, self.set_scale, (self.scale, self.zero_point.clone()), coarse,
+                        search.near_uniform(self.spec))

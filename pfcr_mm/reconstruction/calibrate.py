@@ -16,6 +16,7 @@ from ..errors import UsageError
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows, set_quantization
 from ..quantizers import LogQuantizer, search
 from .noise import PerImage
+from .products import ProductSample, refine_products, some_rows
 
 METHODS = ('minmax', 'percentile', 'mse', 'output')
 _VALUES = 2**18  # values of a tensor that a scale search looks at
@@ -97,6 +98,7 @@ class Observer(PerImage):
         super().__init__(seed)
         self.layers = {}  # layer name -> Reservoir of input rows (n, fan_in)
         self.operands = {}  # quantizer name -> Reservoir of rows (n, groups)
+        self.products = {}  # matmul name -> ProductSample
 
     def __enter__(self):
         set_quantization(self.model, False, self.activations)
@@ -112,14 +114,17 @@ class Observer(PerImage):
                     self.operands[key] = Reservoir(self.limit)
                     self._handles.append(getattr(module, side).register_forward_pre_hook(
                         self._see_operand(key)))
+                self.products[name] = ProductSample()
+                self._handles.append(module.register_forward_pre_hook(self._see_product(name)))
         return self
 
     def __exit__(self, error, *_):
         for handle in self._handles:
             handle.remove()
         if error is None:
-            for reservoir in (*self.layers.values(), *self.operands.values()):
-                reservoir.settle()
+            for sample in (*self.layers.values(), *self.operands.values(),
+                           *self.products.values()):
+                sample.settle()
 
     def _see_layer(self, name):
         reservoir = self.layers[name]
@@ -146,11 +151,7 @@ class Observer(PerImage):
             x = args[0]
             if x.numel() == 0:
                 return
-            x = real_rows(quantizer, x)
-            if quantizer.axis is None:
-                grouped = x.reshape(1, -1)
-            else:
-                grouped = x.movedim(quantizer.axis, 0).flatten(1)
+            grouped = quantizer.by_scale(real_rows(quantizer, x))
             generator = self.generator(name)
             pick = torch.randint(
                 grouped.shape[1], (min(self.limit, grouped.shape[1]), ),
@@ -159,6 +160,19 @@ class Observer(PerImage):
             if isinstance(quantizer, LogQuantizer):
                 rows = rows[rows.amin(1) > 1e-12]  # masked attention is exactly zero
             reservoir.add(rows, grouped.amin(1), grouped.amax(1), generator)
+
+        return hook
+
+
+    def _see_product(self, name):
+        sample = self.products[name]
+
+        def hook(matmul, args):
+            generator = self.generator(f'{name} product')
+            valid = getattr(matmul.left_quantizer, 'valid_rows', None)
+            found = some_rows(*args, valid, generator)
+            if found is not None:
+                sample.add(*found, generator)
 
         return hook
 
@@ -175,7 +189,8 @@ def calibrate(model, seen, method='output', rounds=2, activations=True):
     """Set the scales of all quantizers of `model` from what an `Observer` saw.
 
     'output' starts from 'mse' and then, alternating, rescales weights and inputs
-    to the least error of each layer's output on the sampled rows.
+    to the least error of each layer's output on the sampled rows, and both operands of each
+    matmul to the least error of the product.
 
     Args:
         model (nn.Module): quantized model.
@@ -206,6 +221,8 @@ def calibrate(model, seen, method='output', rounds=2, activations=True):
                     _refine(module, reservoir.rows, activations, again=done > 0)
     if activations:
         unreached += _calibrate_operands(model, seen, start)
+        if method == 'output':
+            refine_products(model, seen.products, rounds)
     return unreached
 
 
