@@ -35,7 +35,9 @@ class QuantConfig:
             None treats them like all others.
         rounding (str | dict): 'latent', 'adaround' or 'nearest'.
         weight_symmetric, activation_symmetric (bool): symmetric instead of affine.
-        softmax (dict): `QuantizerSpec` of the attention weights, without bits.
+        softmax (dict): `QuantizerSpec` of the attention weights, without bits. Of kind 'log2'
+            where nothing is said, as PFCR has it; with more than 4 `activation_bits` 'adalog',
+            since the steps of 'log2' do not become smaller with bits.
         post_gelu (dict | None): the same of inputs that come from a GELU, per tensor; None
             treats them like all others.
         matmul_granularity (str): 'head' or 'tensor', for q, k and v.
@@ -59,7 +61,7 @@ class QuantConfig:
     rounding: object = 'latent'
     weight_symmetric: bool = False
     activation_symmetric: bool = False
-    softmax: dict = field(default_factory=lambda: dict(kind='log2', granularity='head'))
+    softmax: dict = field(default_factory=dict)
     post_gelu: dict | None = field(default_factory=dict)
     matmul_granularity: str = 'head'
     include: list = field(default_factory=lambda: ['*'])
@@ -76,13 +78,14 @@ class QuantConfig:
         for key in ('include', 'exclude'):
             if isinstance(getattr(self, key), str):
                 setattr(self, key, [getattr(self, key)])
-        self.softmax = {'kind': 'log2', 'granularity': 'head', **self.softmax}
+        for key in ('weight_bits', 'activation_bits'):
+            check_bits(getattr(self, key), f'quant.{key}')
+        self.softmax = {'kind': 'log2' if self.activation_bits <= 4 else 'adalog',
+                        'granularity': 'head', **self.softmax}
         for key, value in (('matmul_granularity', self.matmul_granularity),
                            ('softmax.granularity', self.softmax['granularity'])):
             if value not in ('head', 'tensor'):
                 raise UsageError(f"quant.{key}={value!r} is not known; choose 'head' or 'tensor'")
-        for key in ('weight_bits', 'activation_bits'):
-            check_bits(getattr(self, key), f'quant.{key}')
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, 'quant.first_last_bits')
         rounding = self.rounding.get('type') if isinstance(self.rounding, dict) else self.rounding

@@ -204,6 +204,15 @@ def test_every_quantizer_of_swin_t_has_a_line_in_the_census(swin_t):
     assert owners == names
 
 
+@pytest.mark.parametrize('bits, kind', [(3, 'log2'), (4, 'log2'), (5, 'adalog'), (8, 'adalog')])
+def test_softmax_has_a_grid_that_more_bits_make_finer(bits, kind):
+    assert QuantConfig(activation_bits=bits).softmax == dict(kind=kind, granularity='head')
+    chosen = QuantConfig(activation_bits=bits, softmax=dict(kind='uniform'))
+    assert chosen.softmax['kind'] == 'uniform'
+    *_, softmax, _ = QuantConfig(activation_bits=bits).matmul_specs('attn')
+    assert (softmax.kind, softmax.bits) == (kind, bits)
+
+
 def test_ends_of_swin_t_keep_8_bits(swin_t):
     _, detector = swin_t
     eight = [r.name for r in detector.census if r.weight_bits == 8]
