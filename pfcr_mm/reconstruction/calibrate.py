@@ -114,8 +114,10 @@ class Observer(PerImage):
                     self.operands[key] = Reservoir(self.limit)
                     self._handles.append(getattr(module, side).register_forward_pre_hook(
                         self._see_operand(key)))
-                self.products[name] = ProductSample()
-                self._handles.append(module.register_forward_pre_hook(self._see_product(name)))
+                if not self.activations:  # else their scales are there already
+                    self.products[name] = ProductSample()
+                    self._handles.append(
+                        module.register_forward_pre_hook(self._see_product(name)))
         return self
 
     def __exit__(self, error, *_):

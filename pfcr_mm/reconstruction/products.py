@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import parallel
-from ..modules import QuantMatmul
 
 _ROWS = 32  # of an image, that a product is sampled by
 _WINDOWS = 4  # of an image, that they come from
@@ -97,20 +96,22 @@ def refine_products(model, samples, rounds):
         samples (dict[str, ProductSample]): by name of each `QuantMatmul`.
         rounds (int): turns.
     """
-    for name, module in model.named_modules():
-        if not isinstance(module, QuantMatmul) or not samples[name].entries:
+    for name, sample in samples.items():
+        matmul = model.get_submodule(name)
+        operands = matmul.left_quantizer, matmul.right_quantizer
+        if not sample.entries:  # no data reached it
             continue
-        device = module.left_quantizer.log_scale.device
-        pairs = [(left.to(device), right.to(device)) for left, right in samples[name].pairs]
+        device = operands[0].log_scale.device
+        pairs = [(left.to(device), right.to(device)) for left, right in sample.pairs]
         targets = [left @ right for left, right in pairs]
         for turn in range(rounds):
-            for side, quantizer in enumerate((module.left_quantizer, module.right_quantizer)):
-                _refine(quantizer, side, module, pairs, targets, again=turn > 0)
+            for side in (0, 1):
+                _refine(operands, side, pairs, targets, again=turn > 0)
 
 
-def _refine(quantizer, side, module, pairs, targets, again):
-    other = (module.right_quantizer, module.left_quantizer)[side].fake_quantize
-    others = [other(pair[1 - side]) for pair in pairs]
+def _refine(operands, side, pairs, targets, again):
+    quantizer, other = operands[side], operands[1 - side]
+    others = [other.fake_quantize(pair[1 - side]) for pair in pairs]
 
     def error():
         """Of the products, with the grid in force; for each scale."""
