@@ -35,6 +35,7 @@ same class (same); iterations, seconds. Rows of other cells that it holds stay, 
 other iterations. The plot shows the cells of this call.
 """
 import argparse
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ from pathlib import Path
 from run_matrix import read_csv, report_of, write_csv
 
 from pfcr_mm.cli import quant_config
+from pfcr_mm.engine.fingerprint import with_quant_defaults
 from pfcr_mm.engine.metrics import agreements, titles
 from pfcr_mm.errors import UsageError
 
@@ -142,13 +144,8 @@ AXES = dict(
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),
     traversal=Axis('quantize_cfg.traversal', ['post_order', 'level_order']))
-# What configs leave to the code.
-DEFAULTS = {
-    'model.quant.rounding': 'latent', 'model.quant.softmax.kind': 'log2',
-    'model.quant.post_gelu.kind': 'adalog', 'model.quant.balance_values': True,
-    'model.quant.rotate_heads': True, 'model.quant.centre_heads': True,
-    'model.quant.move_padding': True, 'model.quant.integer_zero_point': True,
-    'quantize_cfg.reconstruction.loss': 'channel_mse'}
+# What configs leave to the code, beside `model.quant`.
+DEFAULTS = {'quantize_cfg.reconstruction.loss': 'channel_mse'}
 
 
 def main(argv=None):
@@ -190,9 +187,16 @@ def grid(args):
         dict[str, list[tuple]]: by word; the first cell in which nothing varies is not
         repeated in each.
     """
-    cfg = quant_config([args.config, '--cfg-options', *args.cfg_options]
-                       if args.cfg_options else [args.config])
-    groups = {}
+    @functools.cache
+    def base(bits):  # what is left to the code depends on bits
+        options = [*args.cfg_options, *(AXES['bits'].arguments(None, bits)[0] if bits else [])]
+        return resolved([args.config, *(['--cfg-options', *options] if options else [])])
+
+    def varied(name, value, cell):
+        cfg = base(None if name == 'bits' else dict(cell).get('bits'))
+        return AXES[name].read(cfg) != value
+
+    cfg, groups = base(None), {}
     for word in args.grid:
         parts = [part.partition('=') for part in word.split('*')]
         choices = []
@@ -206,9 +210,16 @@ def grid(args):
                     raise UsageError(f'--grid: {name} has no value {value!r}; choose of {known}')
             choices.append([(name, value) for value in values])
         groups[word] = [
-            tuple((n, v) for n, v in cell if AXES[n].read(cfg) != v)
+            tuple((n, v) for n, v in cell if varied(n, v, cell))
             for cell in itertools.product(*choices)]
     return groups
+
+
+def resolved(arguments):
+    """The config that tools/quant.py runs, with what its `model.quant` leaves to the code."""
+    cfg = quant_config(arguments)
+    cfg.model = with_quant_defaults(cfg.model)
+    return cfg
 
 
 def collect(args, cells):
@@ -230,7 +241,7 @@ def collect(args, cells):
         failed += not ok
         if report is None:
             continue
-        new = row(stem, described(quant_config(arguments), cell), report)
+        new = row(stem, described(resolved(arguments), cell), report)
         found.setdefault(cell, []).append(new)
         same = ('config', *AXES, 'seed', 'iterations')
         rows = [r for r in rows if any(str(r.get(k)) != str(new[k]) for k in same)] + [new]

@@ -79,7 +79,7 @@ class Calibrating:
         """Make the channels of attention's heads alike, by a few images."""
         if not free_heads(self.model):
             return
-        with observe(self.model, self.calibration['rows'], self.seed) as seen, \
+        with observe(self.model, self.calibration['rows'], self.seed, products=False) as seen, \
                 AttendedValues(self.model) as attended:
             self._show(self.model, seen, attended, images=_HEADS_FOLDED_BY)
         check_seen(seen)
@@ -136,7 +136,8 @@ class Calibrating:
         with ExitStack() as stack:
             for observer in beside:
                 stack.enter_context(observer)
-            with observe(model, options['rows'], self.seed, activations=not activations) as seen:
+            with observe(model, options['rows'], self.seed, activations=not activations,
+                         products=options['method'] == 'output') as seen:
                 self._show(model, seen, *beside)
             if beside:
                 self._show(model, *beside, views=True)

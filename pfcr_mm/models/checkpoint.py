@@ -172,6 +172,14 @@ def check_quantized(detector, checkpoint, path):
         raise UsageError(f'the manifest of checkpoint {path} is damaged: {error!r}') from None
 
 
+def _options(key, saved, own):
+    """What makes the entry `key` of `quant` what it was: --cfg-options in a line."""
+    if not isinstance(saved, dict) or not isinstance(own, dict):
+        return f'model.quant.{key}={saved}'
+    return ' '.join(f'model.quant.{key}.{part}={value}' for part, value in saved.items()
+                    if own.get(part) != value)
+
+
 def check_manifest(detector, manifest, path='the checkpoint'):
     """Raise UsageError unless `detector` has the layers, bits and quantizers of the manifest."""
     own = detector.quant_config.as_dict()
@@ -179,12 +187,6 @@ def check_manifest(detector, manifest, path='the checkpoint'):
     if older:
         options = ' '.join(f'model.quant.{key}={_BEFORE[key]}' for key in older)
         raise UsageError(f'{path} is older than quant.{older[0]}; load it with {options}')
-    for key in _MEANING:
-        saved = manifest['quant'].get(key, _BEFORE.get(key))
-        if saved != own[key]:
-            raise UsageError(
-                f'{path} has quant.{key}={saved!r}, the config says {own[key]!r}; use the config '
-                'it was quantized with')
     saved = {layer['name']: layer for layer in manifest['layers']}
     built = {layer['name']: layer for layer in build_manifest(detector)['layers']}
     for name in {**saved, **built}:
@@ -197,6 +199,12 @@ def check_manifest(detector, manifest, path='the checkpoint'):
                 raise UsageError(
                     f'{path} has {key}={saved[name][key]} for {name}, the config says '
                     f'{built[name][key]}; use the config it was quantized with')
+    for key in _MEANING:
+        saved = manifest['quant'].get(key, _BEFORE.get(key))
+        if saved != own[key]:
+            raise UsageError(
+                f'{path} has quant.{key}={saved!r}, the config says {own[key]!r}; use the config '
+                f'it was quantized with, or say {_options(key, saved, own[key])}')
 
 
 def save_quantized(detector, path, meta):

@@ -37,7 +37,7 @@ class QuantConfig:
         weight_symmetric, activation_symmetric (bool): symmetric instead of affine.
         softmax (dict): `QuantizerSpec` of the attention weights, without bits. Of kind 'log2'
             where nothing is said, as PFCR has it; with more than 4 `activation_bits` 'adalog',
-            since the steps of 'log2' do not become smaller with bits.
+            since the steps of 'log2' do not become smaller with bits; `overrides` keep the kind.
         post_gelu (dict | None): the same of inputs that come from a GELU, per tensor; None
             treats them like all others.
         matmul_granularity (str): 'head' or 'tensor', for q, k and v.

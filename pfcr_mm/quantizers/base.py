@@ -121,7 +121,7 @@ class Quantizer(nn.Module):
 
         Args:
             error (callable): gives the error with the scales that are set, for each: (size,).
-            low, high (Tensor): extremes of the input, (size,).
+            low, high (Tensor): extremes of what the error is of, (size,).
             again (bool): as for `refine`.
         """
         raise NotImplementedError

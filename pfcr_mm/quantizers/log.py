@@ -55,7 +55,7 @@ class LogQuantizer(Quantizer):
     def _grid(self):
         """Scales and steps an octave, each (size,)."""
         scale = self.scale
-        return scale, torch.as_tensor(self.steps_per_octave).to(scale).expand_as(scale)
+        return scale, torch.as_tensor(self.steps_per_octave).to(scale).expand_as(scale).clone()
 
 
 @QUANTIZERS.register_module(name='log2')

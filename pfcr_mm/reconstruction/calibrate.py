@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows, set_quantization
 from ..quantizers import LogQuantizer, search
 from .noise import PerImage
-from .products import ProductSample, refine_products, some_rows
+from .products import ProductSample, part_of, refine_products
 
 METHODS = ('minmax', 'percentile', 'mse', 'output')
 _VALUES = 2**18  # values of a tensor that a scale search looks at
@@ -89,10 +89,12 @@ class Observer(PerImage):
         rows (int): rows kept a layer.
         seed (int): seed of the sampling.
         activations (bool): whether activation quantizers are on instead.
+        products (bool): whether products of operands are sampled, for `method='output'`.
     """
 
-    def __init__(self, model, rows=4096, seed=0, activations=False):
+    def __init__(self, model, rows=4096, seed=0, activations=False, products=True):
         self.model = model
+        self.samples_products = products and not activations  # else their scales are there
         self.activations = activations
         self.limit = rows
         super().__init__(seed)
@@ -114,7 +116,7 @@ class Observer(PerImage):
                     self.operands[key] = Reservoir(self.limit)
                     self._handles.append(getattr(module, side).register_forward_pre_hook(
                         self._see_operand(key)))
-                if not self.activations:  # else their scales are there already
+                if self.samples_products:
                     self.products[name] = ProductSample()
                     self._handles.append(
                         module.register_forward_pre_hook(self._see_product(name)))
@@ -165,24 +167,26 @@ class Observer(PerImage):
 
         return hook
 
-
     def _see_product(self, name):
         sample = self.products[name]
 
         def hook(matmul, args):
             generator = self.generator(f'{name} product')
+            key = torch.rand((), generator=generator, dtype=torch.float64).item()
+            if key >= sample.bound:
+                return
             valid = getattr(matmul.left_quantizer, 'valid_rows', None)
-            found = some_rows(*args, valid, generator)
+            found = part_of(*args, valid, generator)
             if found is not None:
-                sample.add(*found, generator)
+                sample.add(key, *found)
 
         return hook
 
 
 @contextmanager
-def observe(model, rows=4096, seed=0, activations=False):
+def observe(model, rows=4096, seed=0, activations=False, products=True):
     """`with observe(model) as seen:` run float forward passes, then calibrate from `seen`."""
-    with Observer(model, rows, seed, activations) as observer, torch.no_grad():
+    with Observer(model, rows, seed, activations, products) as observer, torch.no_grad():
         yield observer
 
 

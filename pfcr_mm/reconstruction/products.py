@@ -3,43 +3,42 @@
 An element's own error says little of attention: all weights of a row are added up, and the
 many small ones, each lost without much of an error, may be most of the row.
 """
+import math
 from dataclasses import dataclass, field
 
 import torch
 
 from .. import parallel
 
-_ROWS = 32  # of an image, that a product is sampled by
-_WINDOWS = 4  # of an image, that they come from
-_BUDGET = 2**21  # numbers kept of a product
+_WINDOWS = 4  # of an image
+_ROWS, _COLUMNS = 32, 64  # of a product, of one image at most
+_FEWEST = 8  # of each, where they are long
+_OF_AN_IMAGE = 2**16  # numbers of an operand at most, where that is not fewer than these
+_BUDGET = 2**22  # numbers kept of a product's operands
 
 
 @dataclass
 class ProductSample:
-    """A few rows of a product, of as many images as find room.
+    """Rows and columns of a product, of as many images as find room.
 
-    Every image draws a key; those with the smallest stay, which are the same whatever the
-    order of images and the number of processes.
+    Every image draws a key; those with the smallest stay, as long as there is room for all of
+    them. They are the same whatever the order of images and the number of processes.
     """
 
     budget: int = _BUDGET
-    entries: list = field(default_factory=list)  # (key, left, right)
+    entries: list = field(default_factory=list)  # (key, left, right), by key
+    bound: float = math.inf  # the smallest key that found no room: none from it on does
 
-    def add(self, left, right, generator):
-        """Offer the operands of a call.
-
-        Args:
-            left (Tensor): (B, heads, rows, K).
-            right (Tensor): (B, heads, K, C).
-            generator (torch.Generator): draws the key.
-        """
-        key = torch.rand((), generator=generator, dtype=torch.float64).item()
+    def add(self, key, left, right):
+        """Offer an image's operands (b, heads, rows, K) and (b, heads, K, columns)."""
         self.entries.append((key, left.float().cpu(), right.float().cpu()))
         self._prune()
 
     def settle(self):
         """End of the stream: the sample of all processes."""
-        self.entries = [entry for part in parallel.gather(self.entries) for entry in part]
+        parts = parallel.gather((self.entries, self.bound))
+        self.entries = [entry for entries, _ in parts for entry in entries]
+        self.bound = min(bound for _, bound in parts)
         self._prune()
 
     @property
@@ -49,26 +48,27 @@ class ProductSample:
 
     def _prune(self):
         self.entries.sort(key=lambda entry: entry[0])
-        total, kept = 0, 0
-        for _, left, right in self.entries:
+        total = 0
+        for place, (key, left, right) in enumerate(self.entries):
             total += left.numel() + right.numel()
-            if kept and total > self.budget:
-                break
-            kept += 1
-        del self.entries[kept:]
+            if key >= self.bound or place and total > self.budget:
+                self.bound = min(self.bound, key)
+                del self.entries[place:]
+                return
 
 
-def some_rows(left, right, valid, generator):
-    """A few rows of `left` out of a few windows, and what they are multiplied by.
+def part_of(left, right, valid, generator):
+    """A few rows of `left`, out of a few windows, and a few columns of what they multiply.
 
     Args:
         left (Tensor): (B, heads, N, K).
         right (Tensor): (B, heads, K, C).
-        valid (Tensor | None): (windows, N), bool: rows that are no padding, of an image's windows.
+        valid (Tensor | None): (windows, N), bool: rows that are no padding, of an image's
+            windows. Attention weights have it; padded queries do count where they meet keys.
         generator (torch.Generator): draws, on the CPU.
 
     Returns:
-        tuple[Tensor, Tensor] | None: (b, heads, rows, K) and (b, heads, K, C); None where
+        tuple[Tensor, Tensor] | None: (b, heads, rows, K) and (b, heads, K, columns); None where
         there is nothing but padding.
     """
     weights = torch.ones(left.shape[0], left.shape[-2])
@@ -78,11 +78,15 @@ def some_rows(left, right, valid, generator):
     if not len(windows):
         return None
     windows = windows[torch.randperm(len(windows), generator=generator)[:_WINDOWS]]
+    lines = _OF_AN_IMAGE // (left.shape[1] * left.shape[-1])
     rows = torch.multinomial(
-        weights[windows], _ROWS // len(windows), replacement=True, generator=generator)
-    windows, rows = windows.to(left.device), rows.to(left.device)
+        weights[windows], min(_ROWS, max(_FEWEST, lines)) // len(windows), replacement=True,
+        generator=generator)
+    columns = torch.randperm(right.shape[-1], generator=generator)[
+        :min(_COLUMNS, max(_FEWEST, lines // len(windows)))]
+    windows, rows, columns = (picked.to(left.device) for picked in (windows, rows, columns))
     left = left.transpose(1, 2)[windows[:, None], rows].transpose(1, 2)
-    return left, right[windows]
+    return left, right[windows][..., columns]
 
 
 @torch.no_grad()
@@ -99,8 +103,8 @@ def refine_products(model, samples, rounds):
     for name, sample in samples.items():
         matmul = model.get_submodule(name)
         operands = matmul.left_quantizer, matmul.right_quantizer
-        if not sample.entries:  # no data reached it
-            continue
+        if not sample.entries or not all(quantizer.calibrated for quantizer in operands):
+            continue  # no data reached it
         device = operands[0].log_scale.device
         pairs = [(left.to(device), right.to(device)) for left, right in sample.pairs]
         targets = [left @ right for left, right in pairs]

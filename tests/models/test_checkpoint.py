@@ -12,12 +12,14 @@ from tiny_models import calibrated, predict
 
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models.checkpoint import (
+    check_manifest,
     load_float,
     load_quantized,
     manifest_of,
     read_checkpoint,
     save_quantized,
 )
+from pfcr_mm.models.manifest import build_manifest
 from pfcr_mm.modules import QuantLayer, set_quantization
 from pfcr_mm.reconstruction import calibrate, harden, observe
 
@@ -234,6 +236,14 @@ def test_quantized_with_another_config(saved, build_quantized, quant, message):
     with pytest.raises(UsageError, match=message):
         load_quantized(detector, read_checkpoint(path), path)
     assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
+
+
+def test_quantized_by_other_defaults(build_quantized, tmp_path):
+    """8 bits once had log2 for attention weights where the config said nothing."""
+    detector = build_quantized(softmax=dict(kind='log2'))
+    with pytest.raises(UsageError, match=r"or say model\.quant\.softmax\.kind=log2$"):
+        check_manifest(build_quantized(), build_manifest(detector), 'q.pth')
+    check_manifest(build_quantized(softmax=dict(kind='log2')), build_manifest(detector))
 
 
 def test_quantized_of_another_architecture(saved, build_quantized, demo_config):

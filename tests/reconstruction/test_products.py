@@ -3,10 +3,11 @@ import pytest
 import torch
 from torch import nn
 
+from pfcr_mm import parallel
 from pfcr_mm.modules import QuantMatmul, set_quantization
 from pfcr_mm.quantizers import QuantizerSpec
 from pfcr_mm.reconstruction import calibrate, observe
-from pfcr_mm.reconstruction.products import ProductSample, refine_products, some_rows
+from pfcr_mm.reconstruction.products import ProductSample, part_of, refine_products
 
 HEADS, KEYS = 2, 60
 POWERS = QuantizerSpec(kind='log2', bits=4, granularity='head')
@@ -45,14 +46,24 @@ def product_error(matmul, pairs):
 
 def test_rows_are_of_the_windows_they_are_multiplied_in():
     left = torch.rand(9, HEADS, 5, KEYS, generator=seeded())
-    right = torch.rand(9, HEADS, KEYS, 3, generator=seeded())
-    some_left, some_right = some_rows(left, right, None, seeded())
-    assert some_left.shape == (4, HEADS, 8, KEYS) and some_right.shape == (4, HEADS, KEYS, 3)
-    windows = [next(i for i in range(9) if torch.equal(right[i], r)) for r in some_right]
+    right = torch.rand(9, HEADS, KEYS, 20, generator=seeded(1))
+    some, others = part_of(left, right, None, seeded())
+    assert some.shape == (4, HEADS, 8, KEYS) and others.shape == (4, HEADS, KEYS, 20)
+
+    def columns(x):
+        return {tuple(column) for column in x[0].t().tolist()}
+
+    windows = [next(i for i in range(9) if columns(one) <= columns(right[i])) for one in others]
     assert len(set(windows)) == 4
-    for window, rows in zip(windows, some_left):
+    for window, rows in zip(windows, some):
         for row in rows.unbind(1):
             assert any(torch.equal(row, one) for one in left[window].unbind(1))
+
+
+def test_long_rows_are_fewer():
+    left = torch.rand(1, HEADS, 50, 4000, generator=seeded())
+    some, others = part_of(left, left.transpose(2, 3), None, seeded())
+    assert some.shape == (1, HEADS, 8, 4000) and others.shape == (1, HEADS, 4000, 8)
 
 
 def test_padding_is_not_looked_at():
@@ -60,29 +71,44 @@ def test_padding_is_not_looked_at():
     left[:, :, 3:] = -1
     valid = torch.tensor([[True] * 3 + [False] * 2, [False] * 5, [True] + [False] * 4])
     for seed in range(20):
-        some, _ = some_rows(left, torch.ones(6, HEADS, KEYS, 3), valid, seeded(seed))
+        some, _ = part_of(left, torch.ones(6, HEADS, KEYS, 3), valid, seeded(seed))
         assert set(some.unique().tolist()) == {0, 2, 3, 5}  # of two images' windows
-    assert some_rows(left, left, torch.zeros(3, 5, dtype=torch.bool), seeded()) is None
+    assert part_of(left, left, torch.zeros(3, 5, dtype=torch.bool), seeded()) is None
 
 
-def test_what_is_kept_does_not_depend_on_the_order():
-    pairs = [(torch.full((1, HEADS, 4, 10), float(i)), torch.ones(1, HEADS, 10, 2))
-             for i in range(30)]
-    kept = []
-    for order in (range(30), reversed(range(30))):
-        sample = ProductSample(budget=6 * 120)
-        for i in order:
-            sample.add(*pairs[i], seeded(i))
-        sample.settle()
-        kept.append([left.unique().item() for left, _ in sample.pairs])
-    assert kept[0] == kept[1] and len(kept[0]) == 6
+def offered(images, parts, sizes, budget=60):
+    """The images kept of those that processes are offered, in this order."""
+    samples = [ProductSample(budget) for _ in range(parts)]
+    for place, image in enumerate(images):
+        sample, key = samples[place % parts], torch.rand((), generator=seeded(image)).item()
+        if key < sample.bound:
+            sample.add(key, torch.full((1, 1, 1, sizes[image]), float(image)), torch.ones(()))
+    with pytest.MonkeyPatch.context() as patch:
+        found = [(sample.entries, sample.bound) for sample in samples]
+        patch.setattr(parallel, 'gather', lambda _: found)
+        samples[0].settle()
+    return [int(left.flatten()[0]) for left, _ in samples[0].pairs]
+
+
+@pytest.mark.parametrize('parts', [1, 2, 4])
+def test_what_is_kept_does_not_depend_on_order_and_processes(parts):
+    sizes = [3, 40, 7, 21, 2, 33, 9, 1, 26, 5, 12, 30]  # images are of any size
+    first = offered(range(12), 1, sizes)
+    assert 1 < len(first) < 12
+    for seed in range(50):
+        order = torch.randperm(12, generator=seeded(seed)).tolist()
+        assert offered(order, parts, sizes) == first
 
 
 def test_one_image_is_kept_however_large():
-    sample = ProductSample(budget=10)
-    for seed in (1, 2):
-        sample.add(*attention(seed=seed), seeded(seed))
-    assert len(sample.pairs) == 1
+    assert len(offered(range(3), 2, [90, 80, 70])) == 1
+
+
+def test_products_are_sampled_only_where_scales_are_searched_by_them():
+    model = nn.ModuleDict(dict(av=QuantMatmul(POWERS, STEPS, HEADS)))
+    for options in (dict(activations=True), dict(products=False)):
+        with observe(model, **options) as seen:
+            assert seen.products == {}
 
 
 # --- what is found ---------------------------------------------------------------
@@ -91,7 +117,7 @@ def test_scales_are_those_of_least_error_by_hand():
     """All scales of a log2 grid tried one by one, in plain numbers."""
     weights, values = attention()
     sample = ProductSample()
-    sample.add(weights, values, seeded())
+    sample.add(0.0, weights, values)
     matmul, _ = calibrated('mse', inputs=[(weights, values)])
     quantized = matmul.right_quantizer(values)  # as it is when the left operand's turn comes
     refine_products(nn.ModuleDict(dict(av=matmul)), {'av': sample}, rounds=1)
@@ -109,14 +135,14 @@ def test_scales_are_those_of_least_error_by_hand():
 
 @pytest.mark.parametrize('kind', ['log2', 'log_sqrt2', 'adalog', 'uniform'])
 @pytest.mark.parametrize('granularity', ['head', 'tensor'])
-def test_products_are_no_worse_than_elements_make_them(kind, granularity):
+def test_products_gain_in_what_was_sampled(kind, granularity):
     left = QuantizerSpec(kind=kind, bits=4, granularity=granularity)
-    pairs = [attention(seed=s) for s in (0, 2, 4)]
-    errors = {method: product_error(calibrated(method, left)[0], pairs)
-              for method in ('mse', 'output')}
+    before, seen = calibrated('mse', left)
+    after, _ = calibrated('output', left)
+    before, after = (product_error(m, seen.products['av'].pairs) for m in (before, after))
     if granularity == 'tensor':
-        errors = {method: error.sum() for method, error in errors.items()}
-    assert (errors['output'] <= errors['mse'] * 1.05).all()  # it sees some of the rows
+        before, after = before.sum(), after.sum()
+    assert (after <= before * 1.00001).all() and (after < 0.97 * before).any()
 
 
 def test_many_small_weights_are_not_lost():
@@ -143,3 +169,13 @@ def test_other_methods_leave_elements_alone():
     found = matmul.left_quantizer.scale.clone()
     refine_products(nn.ModuleDict(dict(av=matmul)), {'av': ProductSample()}, 2)
     assert torch.equal(matmul.left_quantizer.scale, found) and len(seen.products['av'].pairs) == 3
+
+
+def test_an_operand_that_no_data_reached_is_left_alone():
+    weights, values = attention()
+    weights[:, 1] = 0.0  # a head that attends to nothing
+    model = nn.ModuleDict(dict(av=QuantMatmul(POWERS, STEPS, HEADS)))
+    with observe(model) as seen:
+        model.av(weights, values)
+    assert calibrate(model, seen) == ['av.left_quantizer']
+    assert not model.av.left_quantizer.calibrated and model.av.right_quantizer.calibrated

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 
 from pfcr_mm.cli import quant_config
 from pfcr_mm.engine.fingerprint import fingerprint
+from pfcr_mm.models import QuantConfig
 
 VIT = REPO / 'configs' / 'classification' / 'pfcr_vit_ti_w3a3.py'
 DEMO = REPO / 'configs' / 'demo' / 'pfcr_maskrcnn_swin_demo_w3a3.py'
@@ -83,6 +84,16 @@ def test_words_share_the_cell_in_which_nothing_varies(grid):
     code, rows, made = grid('--grid', 'loss', 'softmax', 'zero_point', '--seeds', 0)
     assert code == 0 and len(made) == len(rows) == 4 + 4 + 2 - 2
     assert len({tuple(r.values()) for r in rows}) == len(rows)
+
+
+def test_what_is_left_to_the_code_depends_on_bits(grid):
+    """Softmax is on log2 up to 4 bits, then on AdaLog's grid."""
+    code, rows, made = grid('--grid', 'bits=w6a6,w3a3*softmax=log2,adalog', '--seeds', 0)
+    assert code == 0 and len(made) == 4
+    assert {(r['bits'], r['softmax']) for r in rows} == {
+        ('w6a6', 'log2'), ('w6a6', 'adalog'), ('w3a3', 'log2'), ('w3a3', 'adalog')}
+    for row, cfg in zip(rows, made):
+        assert QuantConfig.from_dict(cfg.model.quant).softmax['kind'] == row['softmax']
 
 
 def test_methods(grid):
