@@ -11,10 +11,10 @@ import torch
 from .. import parallel
 
 _WINDOWS = 4  # of an image
-_ROWS, _COLUMNS = 32, 64  # of a product, of one image at most
+_ROWS, _COLUMNS = 16, 32  # of a product, of one image at most
 _FEWEST = 8  # of each, where they are long
-_OF_AN_IMAGE = 2**16  # numbers of an operand at most, where that is not fewer than these
-_BUDGET = 2**22  # numbers kept of a product's operands
+_OF_AN_IMAGE = 2**15  # numbers of an operand at most, where that is not fewer than these
+_BUDGET = 2**21  # numbers kept of a product's operands
 
 
 @dataclass
@@ -43,8 +43,11 @@ class ProductSample:
 
     @property
     def pairs(self):
-        """list[tuple[Tensor, Tensor]]: left and right operands."""
-        return [(left, right) for _, left, right in self.entries]
+        """list[tuple[Tensor, Tensor]]: left and right operands, those of one shape together."""
+        alike = {}
+        for _, left, right in self.entries:
+            alike.setdefault((left.shape[1:], right.shape[1:]), []).append((left, right))
+        return [tuple(map(torch.cat, zip(*pairs))) for pairs in alike.values()]
 
     def _prune(self):
         self.entries.sort(key=lambda entry: entry[0])
