@@ -11,10 +11,10 @@ import torch
 from .. import parallel
 
 _WINDOWS = 4  # of an image
-_ROWS, _COLUMNS = 16, 32  # of a product, of one image at most
+_ROWS, _COLUMNS = 64, 16  # of a product, of one image at most: rows differ most
 _FEWEST = 8  # of each, where they are long
-_OF_AN_IMAGE = 2**15  # numbers of an operand at most, where that is not fewer than these
-_BUDGET = 2**21  # numbers kept of a product's operands
+_OF_AN_IMAGE = 2**17  # numbers of an operand at most, where that is not fewer than these
+_BUDGET = 2**22  # numbers kept of a product's operands
 
 
 @dataclass
