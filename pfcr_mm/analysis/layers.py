@@ -54,7 +54,7 @@ def weight_facts(layer, weight):
     final = quantizer.decode(codes)
     scale = quantizer.scale
     low, high = quantizer.code_range
-    rows = codes.movedim(layer.weight_axis, 0).flatten(1)
+    rows = quantizer.by_scale(codes)
     used = sum((rows == code).any(1).double().mean().item() for code in range(low, high + 1))
     return dict(
         flipped=(apart >= 1).double().mean().item(), moved=(apart >= 2).double().mean().item(),

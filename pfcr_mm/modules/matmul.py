@@ -45,7 +45,7 @@ def real_rows(quantizer, weights):
     Returns:
         Tensor: (B, heads, rows, keys); the weights as they are where nothing is padded.
     """
-    valid = getattr(quantizer, 'valid_rows', None)
+    valid = quantizer.valid_rows
     if valid is None:
         return weights
     windows = weights.view(-1, len(valid), *weights.shape[1:])  # (B, windows, heads, N, N)

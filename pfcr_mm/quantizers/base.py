@@ -27,6 +27,8 @@ class Quantizer(nn.Module):
         axis (int | None): axis of the input the scales run along.
     """
 
+    valid_rows = None  # (windows, rows), bool, of attention weights whose windows are padded
+
     def __init__(self, spec, size=1, axis=None):
         super().__init__()
         self.spec = spec

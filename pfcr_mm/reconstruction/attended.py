@@ -54,7 +54,7 @@ class AttendedValues:
 
         def hook(matmul, args):
             attention, values = args  # (B, heads, N, N), (B, heads, N, C)
-            valid = getattr(matmul.left_quantizer, 'valid_rows', None)
+            valid = matmul.left_quantizer.valid_rows
             if valid is not None:  # padded queries say nothing of the image
                 attention = attention.unflatten(0, (-1, len(valid))) * valid[:, None, :, None]
                 attention = attention.flatten(0, 1)

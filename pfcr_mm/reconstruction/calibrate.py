@@ -175,8 +175,7 @@ class Observer(PerImage):
             key = torch.rand((), generator=generator, dtype=torch.float64).item()
             if key >= sample.bound:
                 return
-            valid = getattr(matmul.left_quantizer, 'valid_rows', None)
-            found = part_of(*args, valid, generator)
+            found = part_of(*args, matmul.left_quantizer.valid_rows, generator)
             if found is not None:
                 sample.add(key, *found)
 
@@ -234,7 +233,7 @@ def calibrate(model, seen, method='output', rounds=2, activations=True):
 
 def _start_weight(layer, method):
     quantizer = layer.weight_quantizer
-    rows = layer.weight.movedim(layer.weight_axis, 0).flatten(1)
+    rows = quantizer.by_scale(layer.weight)
     quantizer.set_scale(*search.search_range(rows, quantizer.spec, method))
 
 
