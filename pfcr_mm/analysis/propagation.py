@@ -2,6 +2,7 @@
 import torch
 
 from ..models import State, part_chains
+from ..models.roi_features import crops
 from ..reconstruction import roi
 from .noise import Noise
 from .probe import on_device
@@ -100,7 +101,5 @@ def part_inputs(model, parts, inputs, boxes, index):
         if not part.startswith('roi_head.'):
             states[part] = State(maps)
         elif len(boxes[part][index]) > 0:
-            extractor = roi.extractor_of(model, part)
-            rois = roi.bbox2roi([boxes[part][index].to(inputs.device)])
-            states[part] = State((extractor(maps[:extractor.num_inputs], rois), ))
+            states[part] = State((crops(model, part, maps, [boxes[part][index]]), ))
     return {part: states[part] for part in parts if part in states}

@@ -11,7 +11,6 @@ from mmengine.runner import BaseLoop
 from .. import parallel
 from ..errors import UsageError
 from ..files import make_writable
-from ..models import part_chains
 from ..models.checkpoint import save_quantized
 from ..modules import QuantLayer, set_quantization
 from ..reconstruction import ChainReconstructor, Faults, harden
@@ -54,7 +53,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             feed_back (whether rounding makes up for its errors; see `fit_weights`), fit_norms
             (whether channel-wise scales after norms are fitted, see `fit_channels`).
         levels (list[str]): units of the backbone, see `LEVELS`; [] only calibrates.
-        head_levels (list[str]): units of neck and heads; [] leaves them calibrated.
+        head_levels (list[str]): units of neck and heads; [] leaves them calibrated. With
+            'detector' the whole detector is a last unit, which learns from predictions.
         traversal (str): 'post_order' or 'level_order'.
         parts (list[str]): patterns of parts to reconstruct.
         pos (dict): see `POSConfig`.
@@ -88,7 +88,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
                  expected=None, total_iters=None, images_at_once=None, on_nonfinite='restore'):
         self._runner = runner
         self.calibration = settings.calibration_of(calibration)
-        self.levels = check_levels(levels, 'quantize_cfg.levels')
+        self.levels = settings.levels_of(levels)
         self.head_levels = check_levels(head_levels, 'quantize_cfg.head_levels')
         self.traversal = traversal
         self.parts = [parts] if isinstance(parts, str) else list(parts)
@@ -199,7 +199,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             images, self.calibration['views'], self.learned_on, self.seed, self.cache,
             self.calibration['cutmix'])
         self.teacher = copy.deepcopy(self.model)
-        self.teacher_chains, _ = part_chains(self.teacher)
+        self.teacher_chains, _ = self.chains_of(self.teacher)
 
     # --- phases --------------------------------------------------------------
 

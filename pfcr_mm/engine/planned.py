@@ -3,7 +3,8 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from ..errors import UsageError
-from ..models import part_chains
+from ..models import part_chains, whole_chain
+from ..models.whole import WHOLE
 from ..modules import set_quantization
 from ..reconstruction import UnitConfig, build_schedule, share_iterations
 from .data import nominal_size
@@ -27,7 +28,7 @@ class Planned:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         set_quantization(self.model, False, False)
-        self.chains, self.without_chain = part_chains(self.model)
+        self.chains, self.without_chain = self.chains_of(self.model)
         known = [*self.chains, *self.without_chain]
         for key, patterns in (('parts', self.parts), ('pos.stage1_parts', self.pos.stage1_parts)):
             for pattern in patterns:
@@ -44,6 +45,13 @@ class Planned:
                        if chained else f'its parts {stage.parts} have no chain')
                 self.note(f'POS stage {stage.number} has no units: {why}')
         self._share_iterations()
+
+    def chains_of(self, model):
+        """Chains of a model's parts, with that of the whole detector where it is asked for."""
+        chains, without = part_chains(model)
+        if WHOLE in self.head_levels:
+            chains[WHOLE] = whole_chain(model, dict(chains))
+        return chains, without
 
     def count(self, sizes):
         """Take note of the calibration images' sizes (H, W), views not counted."""

@@ -2,6 +2,7 @@
 import torch
 
 from ..errors import UsageError, check_keys, is_number
+from ..models.whole import WHOLE
 from ..reconstruction import POSConfig, UnitConfig
 from ..reconstruction.calibrate import METHODS
 from ..reconstruction.faults import ON_NONFINITE
@@ -11,6 +12,10 @@ _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
     dataset=None, views=1, cutmix=0.0, compensate=None, feed_back=False, fit_norms=False)
 _ROIS = dict(proposals=64, detections=16)
+# From end to end a few hundred images teach scales, biases and norms; weights learn the images.
+_DETECTOR = dict(
+    loss='detections', weight_lr=0.0, adaround_lr=0.0, weight_scale_lr=0.0, scale_lr=1e-3,
+    bias_lr=1e-3, norm_lr=1e-3, keep_prob=1.0, input_mix=1.0)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 
 
@@ -38,6 +43,15 @@ def calibration_of(given):
     return found
 
 
+def levels_of(given):
+    """`levels`, fine to coarse."""
+    found = check_levels(given, 'quantize_cfg.levels')
+    if WHOLE in found:
+        raise UsageError(f'quantize_cfg.levels has {WHOLE!r}, which belongs to '
+                         'quantize_cfg.head_levels: it comes after neck and heads')
+    return found
+
+
 def pos_of(given):
     """`pos` as a POSConfig."""
     try:
@@ -58,6 +72,7 @@ def reconstruction_of(given, of_heads, pos):
     """
     base = dict(given or {})
     heads = _merged(base, of_heads or {})
+    heads['per_level'][WHOLE] = {**_DETECTOR, **heads['per_level'].get(WHOLE, {})}
     for found in (base, heads):
         for level in ['leaf', *found.get('per_level', {})]:
             UnitConfig.build(found, level, 'quantize_cfg.reconstruction')

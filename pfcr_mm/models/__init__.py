@@ -5,8 +5,9 @@ from .convert import QuantConfig, convert
 from .detector import QuantDetector, part_chains
 from .manifest import build_manifest
 from .reparam import reparameterise
+from .whole import whole_chain
 
 __all__ = [
     'Chain', 'Leaf', 'QuantConfig', 'QuantDetector', 'State', 'build_manifest', 'convert',
-    'part_chains', 'reparameterise'
+    'part_chains', 'reparameterise', 'whole_chain'
 ]

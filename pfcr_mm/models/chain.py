@@ -72,6 +72,7 @@ class Chain:
         prefix_tokens (int): class tokens that the result is read from; they come first along
             axis 1 of tensors (B, N, C).
         gives (str): what comes out at the end: 'maps', or 'logits' of a classifier.
+        kinds (tuple[str]): of the tensors that come out, where these are a detector's predictions.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Chain:
     channel_axis: int
     gives: str = 'maps'
     prefix_tokens: int = 0
+    kinds: tuple = ()
 
     def run(self, state, start=0, stop=None):
         """Run leaves [start, stop).

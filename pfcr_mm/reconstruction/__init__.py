@@ -1,5 +1,5 @@
 """The method: units, schedule, calibration, optimisation, POS."""
-from . import guided_losses, losses  # noqa: F401  fill the table
+from . import detections_loss, guided_losses, losses  # noqa: F401  fill the table
 from .attended import AttendedValues
 from .calibrate import calibrate, observe
 from .faults import Faults

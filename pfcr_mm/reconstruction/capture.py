@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from .. import parallel
 from ..models.chain import State
 from ..modules import weights_once
-from .cache import FeatureCache, Kept
+from .cache import FeatureCache
 from .faults import BatchLimit
 
 _AT_ONCE = 8
@@ -50,7 +50,7 @@ class Stream:
     def ahead(self, indices):
         """These states will be looked at soon."""
         for state in (self.states[i] for i in indices):
-            if isinstance(state, Kept):
+            if hasattr(state, 'ahead'):
                 state.ahead()
 
     def buckets(self):

@@ -70,7 +70,7 @@ class _Guided:
         return cls(targets, channel_axis, context, **options)
 
 
-class _OrOther(_Guided):
+class OrOther(_Guided):
     """A loss of some units; its option and attribute `other` is that of the rest, or None."""
 
     @property
@@ -86,7 +86,7 @@ class _OrOther(_Guided):
 
 
 @RECONSTRUCTION_LOSSES.register_module(name='head_kl')
-class HeadKL(_OrOther):
+class HeadKL(OrOther):
     """KL divergence where the unit ends in a classifier's logits, another loss elsewhere.
 
     Args:
@@ -171,7 +171,7 @@ class LayersLoss(_Guided):
 
 
 @RECONSTRUCTION_LOSSES.register_module(name='aph')
-class APHLoss(_OrOther):
+class APHLoss(OrOther):
     """Squared error weighted by the average perturbed Hessian (APHQ-ViT, arXiv 2504.02508).
 
     The weight of an output element is how much the gradient of the final distance changes

@@ -5,6 +5,7 @@ grows with the image, features of RoIs grow with their number.
 """
 import torch
 
+from ..models.whole import DENSE_DELTAS, DENSE_SCORES, WHOLE
 from .part_streams import sample_state
 
 SIDE = 256  # of the small image, where the model takes any; all common strides divide it
@@ -33,7 +34,11 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
         if not schedule:
             found[part] = 0
             continue
-        sizes, sides = boundary_sizes(chains[part], sample_state(model, part, image, rois))
+        state = sample_state(model, part, image, rois)
+        if part == WHOLE:
+            found[part] = _predictions(chains[part], state, pixels / (height * width), images)
+            continue
+        sizes, sides = boundary_sizes(chains[part], state)
         if part == 'backbone':
             sizes[0] = 0  # the images are there anyhow
         scale = images if part.startswith('roi_head.') else pixels / (height * width)
@@ -45,6 +50,14 @@ def stream_elements(model, chains, schedules, pixels, images, rois):
         if part not in ('backbone', 'neck') and found[part]:
             found[part], waiting = found[part] + waiting, waiting + inputs.get(part, 0)
     return found
+
+
+def _predictions(chain, state, areas, images):
+    """Elements of all targets of the whole detector; the RPN's grow with the images."""
+    outputs = chain.run(state)[0].tensors
+    return round(sum(
+        x.numel() * (areas if kind in (DENSE_SCORES, DENSE_DELTAS) else images)
+        for kind, x in zip(chain.kinds, outputs)))
 
 
 def boundary_sizes(chain, state):

@@ -5,6 +5,8 @@ import torch
 
 from .. import parallel
 from ..models.chain import State
+from ..models.roi_features import crops, extractor_of
+from ..models.whole import WHOLE, padded, roi_parts
 from . import roi
 from .cache import FeatureCache
 from .capture import Stream, in_batches, run_over
@@ -32,7 +34,7 @@ class PartStreams:
     def __init__(self, models, images, parts, boxes, rois, seed, cache=None, at_once=None):
         self.models, self.images, self.boxes = models, images, boxes
         self.rois, self.seed, self.cache, self.at_once = rois, seed, cache, at_once
-        self._heads = [part for part in parts if part not in ('backbone', 'neck')]
+        self._heads = [part for part in parts if part not in ('backbone', 'neck', WHOLE)]
         self._into = {}
 
     def into(self, part):
@@ -42,27 +44,93 @@ class PartStreams:
         if part == 'neck':
             return tuple(backbone_stream(m, self.images, self.cache, self.at_once)
                          for m in self.models)
+        if part == WHOLE:
+            return (self._with_boxes(), ) * 2
         if not self._into:
             self._run()
         return self._into.pop(part)
 
     def _run(self):
         """Both models up to the maps of their necks: streams into all heads."""
-        model, teacher = self.models
-        boxes_of = self._known if self.boxes is not None else partial(
-            roi.boxes_of, teacher, seed=self.seed, **self.rois)
-        # image by image, so that boxes are the same for any number of processes
-        floating, boxes = head_streams(
-            teacher, self.images, self._heads, boxes_of, self.cache, at_once=1)
-        if self.boxes is None and boxes:
-            self.boxes = {part: parallel.whole(parallel.Shard(found, self.images.numbers))
-                          for part, found in boxes.items()}
+        model, _ = self.models
+        floating = self._boxes_of_heads(self._heads)
         quantized, _ = head_streams(
             model, self.images, self._heads, self._known, self.cache, self.at_once)
         self._into = {part: (quantized[part], floating[part]) for part in self._heads}
 
+    def _boxes_of_heads(self, heads):
+        """Float streams into heads; boxes are found on the way where they are not known."""
+        _, teacher = self.models
+        boxes_of = self._known if self.boxes is not None else partial(
+            roi.boxes_of, teacher, seed=self.seed, **self.rois)
+        # image by image, so that boxes are the same for any number of processes
+        floating, boxes = head_streams(
+            teacher, self.images, heads, boxes_of, self.cache, at_once=1)
+        if self.boxes is None and boxes:
+            self.boxes = {part: parallel.whole(parallel.Shard(found, self.images.numbers))
+                          for part, found in boxes.items()}
+        return floating
+
     def _known(self, maps, samples, number):
         return {part: found[number] for part, found in self.boxes.items()}
+
+    def _with_boxes(self):
+        """Images, each with the boxes that the RoI heads are to see."""
+        _, teacher = self.models
+        heads = roi_parts(teacher)
+        if not set(heads) <= set(self.boxes or ()):  # not all of them were reconstructed
+            self.boxes = None
+            self._boxes_of_heads(heads)
+        boxes = ({part: self.boxes[part][number] for part in heads}
+                 for number in self.images.numbers)
+        return Stream([WithBoxes(state, whole_boxes(own, self.rois))
+                       for state, own in zip(self.images.states, boxes)], self.images.numbers)
+
+
+class WithBoxes:
+    """The State of an image, with boxes behind the image.
+
+    Args:
+        state (State | Kept): of the image.
+        boxes (tuple[Tensor]): see `whole_boxes`.
+    """
+
+    def __init__(self, state, boxes):
+        self.state, self.boxes = state, boxes
+        self.meta, self.rows = state.meta, state.rows
+        self.shapes = (*state.shapes, *(b.shape for b in boxes))
+
+    @property
+    def tensors(self):
+        """tuple[Tensor]: the image and its boxes."""
+        return (*self.state.tensors, *self.boxes)
+
+    def ahead(self):
+        """It will be looked at soon."""
+        if hasattr(self.state, 'ahead'):
+            self.state.ahead()
+
+
+def whole_boxes(boxes, rois):
+    """Boxes of one image as the chain of the whole detector takes them.
+
+    The last box head sees the detections too, whose masks count by its scores.
+
+    Args:
+        boxes (dict[str, Tensor]): (n, 4) by RoI head, box heads first.
+        rois (dict): RoIs an image, `proposals` and `detections`.
+
+    Returns:
+        tuple[Tensor]: (1, count, 5) by RoI head, see `padded`.
+    """
+    of_masks = [part for part in boxes if '.mask_head' in part]
+    of_boxes = [part for part in boxes if part not in of_masks]
+    counts = {**dict.fromkeys(of_boxes, rois['proposals']),
+              **dict.fromkeys(of_masks, rois['detections'])}
+    found = {part: padded(own, counts[part]) for part, own in boxes.items()}
+    if of_masks:
+        found[of_boxes[-1]] = torch.cat([found[of_boxes[-1]], found[of_masks[0]]], 1)
+    return tuple(found.values())
 
 
 def backbone_stream(model, images, cache=None, at_once=None):
@@ -104,7 +172,7 @@ def head_streams(model, images, parts, boxes_of, cache=None, at_once=None):
                 boxes[index] = boxes_of(maps, images.samples[index], images.numbers[index])
             for part in rois:
                 if len(boxes[index][part]):
-                    features = roi.crops(model, part, maps, boxes[index][part])
+                    features = crops(model, part, maps, [boxes[index][part]])
                     kept[part][index] = shelves[part].keep(State((features, )))
         return kept, boxes
 
@@ -139,9 +207,12 @@ def sample_state(model, part, image, rois):
         return State((image, ))
     if part == 'neck':
         return State(tuple(model.backbone(image)))
+    if part == WHOLE:
+        none = dict.fromkeys(roi_parts(model), image.new_zeros(0, 4))
+        return State((image, *whole_boxes(none, rois)))
     if not part.startswith('roi_head.'):
         return State(tuple(model.extract_feat(image)))
-    extractor = roi.extractor_of(model, part)
+    extractor = extractor_of(model, part)
     count = rois['proposals' if '.bbox_head' in part else 'detections']
     return State((image.new_zeros(
         count, extractor.out_channels, *extractor.roi_layers[0].output_size), ))

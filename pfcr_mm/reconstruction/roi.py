@@ -3,8 +3,6 @@
 RoI features are cut from the float and from the quantized maps at the *same*
 boxes, those of the float model, so that inputs and targets line up.
 """
-import re
-
 import torch
 from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.structures.bbox import bbox2roi, get_box_tensor
@@ -74,24 +72,6 @@ def refined(roi_head, maps, boxes, meta):
                 boxes, scores[:, :-1].argmax(1), found['bbox_pred'], meta))
         entering.append(boxes)
     return entering
-
-
-def crops(model, part, maps, boxes):
-    """What a RoI head sees of one image: features (n, C, h, w) at its boxes.
-
-    Args:
-        model (nn.Module): the detector.
-        part (str): name of the head, such as 'roi_head.bbox_head.1'.
-        maps (tuple[Tensor]): of its neck, batch 1.
-        boxes (Tensor): (n, 4).
-    """
-    extractor = extractor_of(model, part)
-    return extractor(maps[:extractor.num_inputs], bbox2roi([boxes.to(maps[0].device)]))
-
-
-def extractor_of(model, part):
-    """The RoI extractor of a head: 'roi_head.bbox_head.1' has 'bbox_roi_extractor.1'."""
-    return model.get_submodule(re.sub(r'_head(\.\d+)?$', r'_roi_extractor\1', part))
 
 
 def _some(boxes, count, generator):

@@ -3,16 +3,18 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ..errors import UsageError
+from ..models.whole import WHOLE
 from ..modules import quantizers_of
 from .views import layers_of
 
 # Fine to coarse. 'layer' is finer than what PFCR starts from; 'backbone' is the whole chain,
 # also under its plain name 'chain'.
 # Where a chain has groups of blocks, they take the place of quads, and 'double' is two of them.
+# Coarsest is the whole detector, a chain of its own.
 LEVELS = ('layer', 'leaf', 'block', 'pair', 'quad', 'group', 'double', 'stage', 'backbone',
-          'chain')
+          'chain', WHOLE)
 _LETTERS = dict(layer='l', block='B', pair='P', quad='Q', group='G', double='GG', stage='S',
-                backbone='ALL', chain='ALL')
+                backbone='ALL', chain='ALL', detector='ALL')
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def units_of(chain, level):
     Returns:
         list[Unit]: in order; empty where the chain has no such level.
     """
+    if (level == WHOLE) != (chain.name == WHOLE):
+        return []
     if level == 'layer':
         return _layers(chain)
     slices = _slices(chain.leaves, level)
@@ -97,6 +101,8 @@ def has_quantizers(leaf):
 def _slices(leaves, level):
     if level == 'leaf':
         return [(i, i + 1) for i in range(len(leaves))]
+    if level == WHOLE:
+        return [(0, len(leaves))]
     if level in ('backbone', 'chain'):
         return [(0, len(leaves))] if len(leaves) > 1 else []
     if level == 'stage':
@@ -134,7 +140,7 @@ def _runs(leaves, key):
 
 def _name(chain, level, start, stop):
     first, last = chain.leaves[start].name, chain.leaves[stop - 1].name
-    if level in ('backbone', 'chain'):
+    if level in ('backbone', 'chain', WHOLE):
         return chain.name
     if level == 'leaf':
         return f'{chain.name}.{first}'

@@ -185,6 +185,18 @@ def test_killed_between_the_units_of_heads(quick, die, tmp_path):
     assert parts == {'rpn_head', 'roi_head.bbox_head', 'roi_head.mask_head'}
 
 
+@pytest.mark.parametrize('parts', ['roi_head.*,detector', 'detector'])
+def test_killed_before_and_in_the_whole_detector(quick, die, tmp_path, parts):
+    """Its boxes are those of the heads, or found where no head is reconstructed."""
+    extra = [f'quantize_cfg.parts=[{parts}]', *BRIEF[1:],
+             'quantize_cfg.head_levels=[chain,detector]', 'quantize_cfg.cache_dtype=float16']
+    units = 3 if 'roi' in parts else 1
+    check_pieces(quick, die, tmp_path, [('before_unit', units), ('unit_step', 1)], extra)
+    found = kill_test.read_units(tmp_path / 'run' / 'units.jsonl')
+    assert [u['level'] for u in found] == ['chain'] * (units - 1) + ['detector']
+    assert found[-1]['name'] == found[-1]['chain'] == 'detector' and found[-1]['iters'] == 1
+
+
 def test_killed_while_the_page_is_made(quick, monkeypatch, tmp_path):
     """A run has finished when report.html is there; until then --resume makes it."""
     extra = [*BRIEF, 'quantize_hooks.6.enabled=True']

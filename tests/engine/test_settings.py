@@ -4,6 +4,7 @@ import torch
 
 from pfcr_mm.engine import settings
 from pfcr_mm.errors import UsageError
+from pfcr_mm.reconstruction import UnitConfig
 
 
 def test_what_is_not_said_has_a_default():
@@ -20,12 +21,24 @@ def test_heads_inherit_what_they_do_not_override():
     base, heads = settings.reconstruction_of(
         given, dict(iters=3, per_level=dict(chain=dict(iters=2))), settings.pos_of(None))
     assert base == given
+    assert heads['per_level'].pop('detector')['loss'] == 'detections'
     assert heads == dict(iters=3, loss='mse', per_level=dict(leaf=dict(iters=5),
                                                              chain=dict(iters=2)))
     assert given['per_level']['chain'] == dict(iters=7)
 
 
+def test_the_whole_detector_keeps_what_is_not_overridden():
+    _, heads = settings.reconstruction_of(
+        dict(iters=9, weight_lr=1.0), dict(per_level=dict(detector=dict(scale_lr=0.5))),
+        settings.pos_of(None))
+    config = UnitConfig.build(heads, 'detector')
+    assert (config.iters, config.weight_lr, config.scale_lr) == (9, 0.0, 0.5)
+    assert config.loss == 'detections' and config.norm_lr > 0
+    assert UnitConfig.build(heads, 'chain').weight_lr == 1.0
+
+
 @pytest.mark.parametrize('check, value, words', [
+    (settings.levels_of, ['leaf', 'detector'], 'belongs to quantize_cfg.head_levels'),
     (settings.calibration_of, 5, 'calibration=5 is no dict'),
     (settings.calibration_of, dict(image=1), 'calibration.image is not a known key'),
     (settings.calibration_of, dict(method='best'), "method='best' is not known"),

@@ -188,7 +188,7 @@ def test_image_by_image_it_is_the_same_to_the_bit(
              f'quantize_cfg.reconstruction.loss={loss}', 'quantize_cfg.evaluate.calibrated=False',
              'quantize_cfg.calibration.compensate=0.01', 'quantize_cfg.calibration.feed_back=True',
              'quantize_cfg.calibration.fit_norms=True', 'quantize_cfg.calibration.views=2',
-             'quantize_cfg.calibration.cutmix=0.5']
+             'quantize_cfg.calibration.cutmix=0.5', 'quantize_cfg.head_levels=[chain,detector]']
     for size in (1, 2, 3):  # one too is a fork, with one thread
         group = quantize(size, quick(tmp_path / str(size), extra=extra))
         assert group.wait(600) == [0] * size, group.errors()
@@ -196,9 +196,9 @@ def test_image_by_image_it_is_the_same_to_the_bit(
     capsys.readouterr()
     assert compare_runs.main() == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and len(report_of(tmp_path / '1')['units']) == 27
+    assert len(lines) == 2 and len(report_of(tmp_path / '1')['units']) == 28
     for line, size in zip(lines, (2, 3)):
-        assert f'{size} processes against 1: 27 units, losses within 0.0e+00, 0 decisions' in line
+        assert f'{size} processes against 1: 28 units, losses within 0.0e+00, 0 decisions' in line
         assert 'bbox_mAP within 0.0000' in line and line.endswith('the same to the bit')
 
 

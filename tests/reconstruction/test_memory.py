@@ -4,7 +4,8 @@ import torch
 from tiny_models import images_of
 from toy_chains import chain_of, stream, toy
 
-from pfcr_mm.models import State, part_chains
+from pfcr_mm.models import State, part_chains, whole_chain
+from pfcr_mm.models.whole import WHOLE
 from pfcr_mm.reconstruction import (
     ChainReconstructor,
     UnitConfig,
@@ -106,3 +107,22 @@ def test_shapes_are_the_streams(quantized, images):
     for part, found in real.items():
         sample = part_streams.sample_state(quantized, part, inputs, rois)
         assert [t.shape for t in sample.tensors] == [t.shape for t in found.states[0].tensors]
+
+
+def test_targets_of_the_whole_detector(quantized):
+    """Predictions of the RPN grow with the area, those of RoIs with their number."""
+    chain = whole_chain(quantized, part_chains(quantized)[0])
+    schedules, rois = {WHOLE: build_schedule(chain, [WHOLE])}, dict(proposals=6, detections=2)
+
+    def count(areas, images):
+        return memory.stream_elements(
+            quantized, {WHOLE: chain}, schedules, areas * memory.SIDE**2, images, rois)[WHOLE]
+
+    image = torch.zeros(1, 3, memory.SIDE, memory.SIDE)
+    outputs = chain.run(part_streams.sample_state(quantized, WHOLE, image, rois))[0].tensors
+    sizes = {kind: 0 for kind in chain.kinds}
+    for kind, x in zip(chain.kinds, outputs):
+        sizes[kind] += x.numel()
+    dense = sizes['dense_scores'] + sizes['dense_deltas']
+    assert count(1, 1) == sum(sizes.values())
+    assert count(3, 5) == 3 * dense + 5 * (sum(sizes.values()) - dense)

@@ -8,6 +8,8 @@ from mmdet.structures.bbox import bbox2roi
 from tiny_models import calibrated, images_of
 
 from pfcr_mm.models import part_chains
+from pfcr_mm.models.roi_features import crops
+from pfcr_mm.models.whole import padded
 from pfcr_mm.reconstruction import roi
 from pfcr_mm.reconstruction.part_streams import PartStreams
 
@@ -102,7 +104,7 @@ def test_each_stage_uses_its_own_extractor(model, boxes, images, monkeypatch):
             extractor, 'forward',
             lambda maps, rois, s=stage, f=extractor.forward: used.append(s) or f(maps, rois))
     part = 'roi_head.bbox_head.2'
-    roi.crops(model, part, model.extract_feat(images[0][0]), boxes[part][0])
+    crops(model, part, model.extract_feat(images[0][0]), [boxes[part][0]])
     assert used == [2]
 
 
@@ -151,3 +153,22 @@ def test_an_image_without_proposals(teacher, images):
     entering = roi.refined(
         teacher.roi_head, maps, torch.zeros(0, 4), images[0][1][0].metainfo)
     assert [tuple(b.shape) for b in entering] == [(0, 4)] * 3
+
+
+def test_the_whole_detector_sees_images_with_their_boxes(model, teacher, boxes, images):
+    """Known from the heads before, or found anew where these were not reconstructed."""
+    for known in (boxes, None, {'roi_head.bbox_head.0': boxes['roi_head.bbox_head.0']}):
+        streams = PartStreams(
+            (model, teacher), images_of(images), ['detector'], known, ROIS, seed=0)
+        quantized, floating = streams.into('detector')
+        assert quantized.numbers == floating.numbers == list(range(len(images)))
+        for index, (state, (inputs, _)) in enumerate(zip(quantized.states, images)):
+            image, *found = state.tensors
+            assert torch.equal(image, inputs) and len(found) == len(boxes) == 6
+            last = 'roi_head.bbox_head.2'
+            for (part, own), got in zip(boxes.items(), found):
+                expected = [(own[index], PROPOSALS if 'bbox' in part else DETECTIONS)]
+                if part == last:  # whose scores say how much a mask counts
+                    expected.append((boxes['roi_head.mask_head.0'][index], DETECTIONS))
+                assert torch.equal(got, torch.cat([padded(*pair) for pair in expected], 1))
+            assert state.shapes == tuple(t.shape for t in state.tensors) and state.rows == 1

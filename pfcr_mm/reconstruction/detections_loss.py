@@ -1,0 +1,91 @@
+"""What a whole detector learns from: the float model's predictions."""
+import torch
+import torch.nn.functional as F
+
+from .. import parallel
+from ..models.whole import DELTAS, DENSE_DELTAS, DENSE_SCORES, MASKS, PRESENT, SCORES
+from ..registry import RECONSTRUCTION_LOSSES
+from .build_loss import build_loss
+from .guided_losses import OrOther
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='detections')
+class DetectionsLoss(OrOther):
+    """Distance of a whole detector's predictions from the float ones, another loss elsewhere.
+
+    A detector learns from classes and boxes where there is an object; so does this loss, the
+    float model saying where. Terms, added up: divergence (KL) of the RPN's objectness,
+    of the box heads' classes and of the masks' pixels; difference (L1) of box deltas, of the RPN
+    and of the box heads. Deltas count by the float probability of the object or
+    class they belong to, masks by that of their class. Each term is a sum over an image, divided
+    by how much of this there is in an image of the calibration set: objects that the RPN
+    sees, boxes, objects among these.
+
+    Args:
+        other (str | dict): loss of all other units.
+    """
+
+    def __init__(self, targets, channel_axis, context, other='channel_mse'):
+        self.kinds = context.view.chain.kinds
+        self.other = None if self.kinds else build_loss(other, targets, channel_axis, context)
+        if self.kinds:
+            self.amounts = self._amounts(targets)
+
+    def __call__(self, outputs, targets):
+        if self.other is not None:
+            return self.other(outputs, targets)
+        total = 0.0
+        for (distance, _), amount in zip(self._terms(outputs, targets), self.amounts):
+            total = total + distance / amount
+        return total / len(targets[0])
+
+    def _amounts(self, targets):
+        """By term: how much of what it is about is in an image, over all processes."""
+        entries = (tuple(t.float() for t in targets[i]) for i in range(len(targets)))
+        own = [[amount for _, amount in self._terms(entry, entry)] for entry in entries]
+        images = parallel.total(len(own))
+        sums = [torch.stack(column).double().sum().item() for column in zip(*own)]
+        found = [column for column in parallel.gather(sums) if column]
+        return [max(sum(column) / images, 1e-6) for column in zip(*found)]
+
+    def _terms(self, outputs, targets):
+        """Yield (distance, amount) of each term, sums over all images of a batch."""
+        objects, levels, scores, present = [], 0, None, None
+        for kind, own, wanted in zip(self.kinds, outputs, targets):
+            if kind == DENSE_SCORES:
+                objects.append(wanted.sigmoid())
+                yield _bernoulli_kl(own, wanted).sum(), objects[-1].sum()
+            elif kind == DENSE_DELTAS:
+                share, levels = objects[levels], levels + 1
+                yield _deltas(own, wanted, 1, share)
+            elif kind == PRESENT:
+                present = wanted
+            elif kind == SCORES:
+                scores = wanted.softmax(-1)[..., :-1]
+                kl = F.kl_div(own.log_softmax(-1), wanted.log_softmax(-1), reduction='none',
+                              log_target=True).sum(-1)
+                yield (kl * present).sum(), present.sum()
+            elif kind == DELTAS:
+                yield _deltas(own, wanted, 2, _by_class(scores, wanted, 4) * present[..., None])
+            elif kind == MASKS:
+                # their boxes come last among those of the box head before them
+                share = _by_class(scores[:, -wanted.shape[1]:], wanted, 1) * present[..., None]
+                yield (_bernoulli_kl(own, wanted).mean((3, 4)) * share).sum(), share.sum()
+
+
+def _bernoulli_kl(logits, wanted):
+    """Divergence of sigmoid(logits) from sigmoid(wanted), element by element."""
+    p = wanted.sigmoid()
+    return (F.binary_cross_entropy_with_logits(logits, p, reduction='none')
+            - F.binary_cross_entropy_with_logits(wanted, p, reduction='none'))
+
+
+def _deltas(own, wanted, axis, share):
+    """L1 of deltas, four by four along `axis`, times `share`; and the sum of the shares."""
+    distance = (own - wanted).abs().unflatten(axis, (-1, 4)).mean(axis + 1)
+    return (distance * share).sum(), share.sum()
+
+
+def _by_class(scores, x, size):
+    """Probabilities (B, n, C) where x has `size` channels a class, their sum where it has one."""
+    return scores if x.shape[2] == size * scores.shape[2] else scores.sum(2, keepdim=True)
