@@ -31,6 +31,7 @@ quantize_cfg = dict(
     calibration=dict(
         images=96, held_out=16, search_images=80, compensate=0.01, feed_back=True),
     levels=['leaf', 'block', 'pair', 'quad', 'backbone'],
+    head_levels=['leaf', 'chain', 'detector'],
     # as for ViT-Ti on ImageNet: half of the values stay float meanwhile (QDrop), blocks have
     # most of the iterations, and coarse units move little
     reconstruction=dict(
@@ -44,5 +45,6 @@ quantize_cfg = dict(
     head_reconstruction=dict(
         iters=100,
         per_level=dict(
-            leaf=dict(iters=100), chain=dict(iters=100, weight_lr=1e-4, scale_lr=3e-3))),
+            leaf=dict(iters=100), chain=dict(iters=100, weight_lr=1e-4, scale_lr=3e-3),
+            detector=dict(iters=120))),
     rois=dict(proposals=32, detections=8))
