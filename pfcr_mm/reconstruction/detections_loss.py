@@ -50,15 +50,18 @@ class DetectionsLoss(OrOther):
 
     def _terms(self, outputs, targets):
         """Yield (distance, amount) of each term, sums over all images of a batch."""
-        objects, levels, scores, present = [], 0, None, None
-        for kind, own, wanted in zip(self.kinds, outputs, targets):
-            if kind == DENSE_SCORES:
-                objects.append(wanted.sigmoid())
-                yield _bernoulli_kl(own, wanted).sum(), objects[-1].sum()
-            elif kind == DENSE_DELTAS:
-                share, levels = objects[levels], levels + 1
-                yield _deltas(own, wanted, 1, share)
-            elif kind == PRESENT:
+        found = list(zip(self.kinds, outputs, targets))
+        scores, deltas = ([(own, wanted) for k, own, wanted in found if k == kind]
+                          for kind in (DENSE_SCORES, DENSE_DELTAS))
+        objects = [wanted.sigmoid() for _, wanted in scores]
+        # all levels in one: a level that hardly has an object counts for little
+        yield _added((_bernoulli_kl(own, wanted).sum(), share.sum())
+                     for (own, wanted), share in zip(scores, objects))
+        yield _added(_deltas(own, wanted, 1, share)
+                     for (own, wanted), share in zip(deltas, objects))
+        scores = present = None
+        for kind, own, wanted in found:
+            if kind == PRESENT:
                 present = wanted
             elif kind == SCORES:
                 scores = wanted.softmax(-1)[..., :-1]
@@ -78,6 +81,11 @@ def _bernoulli_kl(logits, wanted):
     p = wanted.sigmoid()
     return (F.binary_cross_entropy_with_logits(logits, p, reduction='none')
             - F.binary_cross_entropy_with_logits(wanted, p, reduction='none'))
+
+
+def _added(terms):
+    """The sums of pairs, first and second."""
+    return tuple(sum(column) for column in zip(*terms))
 
 
 def _deltas(own, wanted, axis, share):

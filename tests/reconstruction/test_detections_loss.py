@@ -62,6 +62,20 @@ def test_each_term_by_hand(change, expected):
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_levels_of_the_rpn_count_by_their_objects():
+    """A wrong score on a level with a thousandth of an object is not divided by that."""
+    kinds = ('dense_scores', 'dense_scores', 'dense_deltas', 'dense_deltas', *KINDS[2:])
+
+    def two_levels(low, high):
+        one, deltas, *rest = predictions(objectness=(0.5, 0.5))
+        other = torch.full((1, 1, 1, 1), log_odds(high))
+        return (one, other, deltas, torch.full((1, 4, 1, 1), low), *rest)
+
+    target, own = two_levels(0.0, 0.001), two_levels(1.0, 0.01)
+    expected = (kl((0.001, 0.999), (0.01, 0.99)) + 0.001) / 1.001
+    assert loss_for([target], kinds)(own, target).item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_boxes_count_by_their_class():
     """A box that is background all but for a hundredth hardly counts, nor does its mask."""
     classes = ((0.5, 0.49, 0.01), (0.5, 0.49, 0.01), (0.005, 0.005, 0.99))
