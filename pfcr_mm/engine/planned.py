@@ -36,9 +36,10 @@ class Planned:
                     raise UsageError(
                         f'quantize_cfg.{key}: {pattern!r} matches no part; choose of {known}')
         self.schedules, self.stages = {}, {}
-        for stage in self.pos.stages(self.levels or self.head_levels):
+        stages = self.pos.stages(self.levels or self.head_levels)
+        for stage in stages:
             self.stages[stage.number] = stage
-            self.schedules[stage.number] = self._schedules(stage)
+            self.schedules[stage.number] = self._schedules(stage, stage is stages[-1])
             if self.levels and not any(self.schedules[stage.number].values()):
                 chained = any(fnmatchcase(part, p) for part in self.chains for p in stage.parts)
                 why = (f'its levels {stage.levels} are not in quantize_cfg.levels {self.levels}'
@@ -86,12 +87,13 @@ class Planned:
         counts = [self.unit_config(*unit).iters for unit in units]
         self._iterations = dict(zip(units, share_iterations(counts, self.total_iters)))
 
-    def _schedules(self, stage):
+    def _schedules(self, stage, last):
         levels = [lv for lv in stage.levels if lv in self.levels]
         schedules = {}
         for part, chain in self.chains.items():
             wanted = all(any(fnmatchcase(part, p) for p in patterns)
                          for patterns in (self.parts, stage.parts))
+            wanted = wanted and (last or part != WHOLE)  # nothing comes after the whole
             part_levels = levels if part == 'backbone' else self.head_levels
             schedules[part] = build_schedule(
                 chain, part_levels, self.traversal, 'quantize_cfg.levels') if wanted else []

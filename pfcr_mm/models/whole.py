@@ -39,6 +39,7 @@ def whole_chain(detector, chains):
         image, *boxes = state.tensors
         maps = detector.extract_feat(image)
         outputs = chains['rpn_head'].run(State(tuple(maps)))[0].tensors
+        maps = tuple(m.float() for m in maps)  # under autocast boxes would be rounded too
         for part, found in zip(rois, boxes):
             features = crops(detector, part, maps, list(found[..., :4]))
             own = chains[part].run(State((features, )))[0].tensors
@@ -78,6 +79,7 @@ def _why_not(detector, chains):
         head = detector.get_submodule(name)
         if '.bbox_head' in name and not (head.with_cls and head.with_reg):
             return f'its {name} does not classify and regress'
-        if '.bbox_head' in name and (head.custom_activation or head.loss_cls.use_sigmoid):
+        if '.bbox_head' in name and (
+                head.custom_activation or getattr(head.loss_cls, 'use_sigmoid', False)):
             return f'the scores of its {name} are no softmax'
     return None

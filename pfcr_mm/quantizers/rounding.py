@@ -14,6 +14,7 @@ class Rounding(nn.Module):
     """
 
     learns_weight = False  # does the layer's own weight get a gradient?
+    of_one_scale = False  # does what was learned hold for one scale of the weight only?
     is_open = False  # between `open` and `close`
 
     def forward(self, weight, quantizer):
@@ -65,6 +66,7 @@ class AdaRound(Rounding):
         reopen (float): bound on |v| when a unit is entered.
     """
 
+    of_one_scale = True
     ZETA, GAMMA = 1.1, -0.1
 
     def __init__(self, weight_of_loss=10.0, warmup=0.2, beta=(20.0, 2.0), reopen=2.2):

@@ -13,13 +13,12 @@ from .guided_losses import OrOther
 class DetectionsLoss(OrOther):
     """Distance of a whole detector's predictions from the float ones, another loss elsewhere.
 
-    A detector learns from classes and boxes where there is an object; so does this loss, the
-    float model saying where. Terms, added up: divergence (KL) of the RPN's objectness,
+    Terms, added up: divergence (KL) of the RPN's objectness,
     of the box heads' classes and of the masks' pixels; difference (L1) of box deltas, of the RPN
-    and of the box heads. Deltas count by the float probability of the object or
-    class they belong to, masks by that of their class. Each term is a sum over an image, divided
-    by how much of this there is in an image of the calibration set: objects that the RPN
-    sees, boxes, objects among these.
+    and of the box heads. Objectness counts at all anchors, classes in all boxes; deltas by the
+    float probability of the object or class they belong to, masks by that of their class. Each
+    term is a sum over an image, divided by the mean over images of what it counts by: scores of
+    the RPN's anchors, boxes, probabilities of classes in these.
 
     Args:
         other (str | dict): loss of all other units.
@@ -72,7 +71,8 @@ class DetectionsLoss(OrOther):
                 yield _deltas(own, wanted, 2, _by_class(scores, wanted, 4) * present[..., None])
             elif kind == MASKS:
                 # their boxes come last among those of the box head before them
-                share = _by_class(scores[:, -wanted.shape[1]:], wanted, 1) * present[..., None]
+                own_scores = scores[:, scores.shape[1] - wanted.shape[1]:]
+                share = _by_class(own_scores, wanted, 1) * present[..., None]
                 yield (_bernoulli_kl(own, wanted).mean((3, 4)) * share).sum(), share.sum()
 
 

@@ -34,7 +34,7 @@ class LearnedParameters:
         config, groups = self.config, {}
 
         def add(parameter, lr, decays=True):
-            if lr > 0:
+            if lr > 0 and parameter is not None:
                 groups.setdefault((lr, decays), []).append(parameter)
 
         self.clipped = []
@@ -45,15 +45,16 @@ class LearnedParameters:
                     add(layer.weight, config.weight_lr * step_share(layer.weight_quantizer.bits))
                     self.clipped.append(layer.weight)
                 if self.learn_weights != 'float' and layer.weight_quantizer.enabled:
-                    own = layer.rounding.open(layer.weight, layer.weight_quantizer)
+                    own = []
+                    if config.rounding_lr > 0:
+                        own = layer.rounding.open(layer.weight, layer.weight_quantizer)
                     if own:
                         self.open.append(layer)
                     for parameter in own:
                         add(parameter, config.rounding_lr, decays=False)
-                    if not own:  # AdaRound's up or down holds for one scale only
+                    if not own and not layer.rounding.of_one_scale:
                         add(layer.weight_quantizer.log_scale, config.weight_scale_lr)
-                if layer.bias is not None:
-                    add(layer.bias, config.bias_lr)
+                add(layer.bias, config.bias_lr)
             elif isinstance(layer, torch.nn.LayerNorm):
                 add(layer.weight, config.norm_lr)
                 add(layer.bias, config.norm_lr)

@@ -4,6 +4,7 @@ import copy
 import pytest
 import tiny_cascade
 import torch
+from mmdet.models.roi_heads import BaseRoIExtractor
 from mmdet.structures.bbox import bbox2roi
 
 from pfcr_mm.errors import UsageError
@@ -72,6 +73,23 @@ def test_a_batch_is_its_images(detector, images):
     own = [chain.run(state)[0].tensors for state in states]
     for got, *apart in zip(chain.run(both)[0].tensors, *own):
         torch.testing.assert_close(got, torch.cat(apart), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_boxes_are_exact_in_half_precision(detector, images, monkeypatch):
+    """RoIAlign takes no bfloat16, and boxes would be rounded to those of the maps."""
+    seen = []
+    for extractor in detector.modules():
+        if isinstance(extractor, BaseRoIExtractor):
+            monkeypatch.setattr(extractor, 'forward', lambda maps, rois, f=extractor.forward: (
+                seen.append((maps[0].dtype, rois)), f(maps, rois))[1])
+    boxes = BOXES + 0.3
+    with torch.autocast('cpu', torch.bfloat16):
+        state, _ = chain_of(detector).run(state_of(detector, images[0][0], boxes, count=3))
+    assert len(seen) == len(roi_parts(detector)) and torch.bfloat16 in {
+        t.dtype for t in state.tensors}
+    for dtype, rois in seen:
+        assert dtype == torch.float32 and torch.equal(rois[:, 1:], boxes)
 
 
 def test_it_owns_every_layer(detector):

@@ -103,6 +103,14 @@ def test_absent_boxes_do_not_count():
     assert loss.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_no_masks_at_all():
+    """`rois.detections=0`: the mask head sees nothing."""
+    target = list(predictions())
+    target[5], target[6] = torch.zeros(1, 0), torch.zeros(1, 0, 2, 2, 2)
+    own = [x + 1 if i == 4 else x for i, x in enumerate(target)]
+    assert loss_for([tuple(target)])(own, target).item() == pytest.approx(1.0, rel=1e-5)
+
+
 def test_one_box_and_mask_for_all_classes():
     """Class-agnostic heads: what counts is that there is an object."""
     target = list(predictions())

@@ -122,6 +122,22 @@ def test_a_rate_of_zero_keeps_its_parameters():
     assert changed == {'weight', 'norm'}
 
 
+def test_a_rate_of_zero_leaves_adaround_alone():
+    """What was decided stays hard; a layer without decisions gets none."""
+    model, teacher, inputs = toy(rounding='adaround')
+    run(model, teacher, inputs, ['leaf'], UnitConfig(iters=3))
+    before = learned_state(model)
+    config = UnitConfig(iters=3, adaround_lr=0.0, weight_scale_lr=1.0)
+    run(model, teacher, inputs, ['block'], config)
+    after = learned_state(model)
+    kept = [k for k in before if k.endswith(('rounding.v', 'weight_quantizer.log_scale'))]
+    assert any(k.endswith('rounding.v') for k in kept)
+    assert all(torch.equal(before[k], after[k]) for k in kept)
+    fresh, teacher, inputs = toy(rounding='adaround')
+    run(fresh, teacher, inputs, ['leaf'], config)
+    assert not any(k.endswith('rounding.v') for k in learned_state(fresh))
+
+
 @pytest.mark.parametrize('options', [dict(input_mix=0.5), dict(keep_prob=0.5),
                                      dict(loss='mse'), dict(clip_grad=0.1)], ids=str)
 def test_options_run_and_help(options):
