@@ -33,6 +33,9 @@ class State(NamedTuple):
         """Rows of the first tensor."""
         return self.tensors[0].shape[0]
 
+    def ahead(self):
+        """It will be looked at soon: there is nothing to fetch."""
+
 
 @dataclass
 class Leaf:

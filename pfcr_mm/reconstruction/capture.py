@@ -50,8 +50,7 @@ class Stream:
     def ahead(self, indices):
         """These states will be looked at soon."""
         for state in (self.states[i] for i in indices):
-            if hasattr(state, 'ahead'):
-                state.ahead()
+            state.ahead()
 
     def buckets(self):
         """Lists of indices whose states can be batched together."""

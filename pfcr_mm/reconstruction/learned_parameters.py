@@ -45,9 +45,8 @@ class LearnedParameters:
                     add(layer.weight, config.weight_lr * step_share(layer.weight_quantizer.bits))
                     self.clipped.append(layer.weight)
                 if self.learn_weights != 'float' and layer.weight_quantizer.enabled:
-                    own = []
-                    if config.rounding_lr > 0:
-                        own = layer.rounding.open(layer.weight, layer.weight_quantizer)
+                    own = (layer.rounding.open(layer.weight, layer.weight_quantizer)
+                           if config.rounding_lr > 0 else [])
                     if own:
                         self.open.append(layer)
                     for parameter in own:

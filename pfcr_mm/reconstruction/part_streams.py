@@ -107,8 +107,7 @@ class WithBoxes:
 
     def ahead(self):
         """It will be looked at soon."""
-        if hasattr(self.state, 'ahead'):
-            self.state.ahead()
+        self.state.ahead()
 
 
 def whole_boxes(boxes, rois):
