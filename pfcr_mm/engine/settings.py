@@ -45,19 +45,20 @@ def calibration_of(given):
 
 def levels_of(given):
     """`levels`, fine to coarse."""
-    found = check_levels(given, 'quantize_cfg.levels')
-    if WHOLE in found:
-        raise UsageError(f'quantize_cfg.levels has {WHOLE!r}, which belongs to '
-                         'quantize_cfg.head_levels: it comes after neck and heads')
-    return found
+    return _without_whole(check_levels(given, 'quantize_cfg.levels'), 'levels')
 
 
 def pos_of(given):
     """`pos` as a POSConfig."""
     try:
-        return POSConfig(**(given or {}))
+        found = POSConfig(**(given or {}))
     except TypeError as error:
         raise UsageError(f'quantize_cfg.pos: {error}') from None
+    _without_whole(found.stage1_levels, 'pos.stage1_levels')
+    _without_whole([found.stage2_start], 'pos.stage2_start')
+    for i, step in enumerate(found.steps):
+        _without_whole(step.get('levels') or (), f'pos.steps.{i}.levels')
+    return found
 
 
 def reconstruction_of(given, of_heads, pos):
@@ -143,6 +144,14 @@ def on_nonfinite_of(given):
         raise UsageError(f'quantize_cfg.on_nonfinite={given!r} is not known; choose '
                          f'one of {ON_NONFINITE}')
     return given
+
+
+def _without_whole(levels, key):
+    """`levels`, which are of the backbone."""
+    if WHOLE in levels:
+        raise UsageError(f'quantize_cfg.{key} has {WHOLE!r}, which belongs to '
+                         'quantize_cfg.head_levels: it comes after neck and heads')
+    return levels
 
 
 def _check_integer(value, least, key):

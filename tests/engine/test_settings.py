@@ -39,6 +39,10 @@ def test_the_whole_detector_keeps_what_is_not_overridden():
 
 @pytest.mark.parametrize('check, value, words', [
     (settings.levels_of, ['leaf', 'detector'], 'belongs to quantize_cfg.head_levels'),
+    (settings.pos_of, dict(stage1_levels=['block', 'detector']), r'pos\.stage1_levels has'),
+    (settings.pos_of, dict(mode='unit', stage2_start='detector'), r'pos\.stage2_start has'),
+    (settings.pos_of, dict(mode='steps', steps=[dict(), dict(levels=['detector'])]),
+     r'pos\.steps\.1\.levels has'),
     (settings.calibration_of, 5, 'calibration=5 is no dict'),
     (settings.calibration_of, dict(image=1), 'calibration.image is not a known key'),
     (settings.calibration_of, dict(method='best'), "method='best' is not known"),
