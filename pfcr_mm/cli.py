@@ -251,7 +251,7 @@ def _check_data(cfg, calibrates):
     """Missing annotations end before a log or a folder is written."""
     from .engine.data import calibration_dataset_cfg, check_dataset
     check_dataset(cfg.test_dataloader.dataset, 'test_dataloader')
-    own = cfg.get('quantize_cfg', {}).get('calibration', {}).get('dataset')
+    own = (cfg.get('quantize_cfg', {}).get('calibration') or {}).get('dataset')
     if calibrates and own:
         check_dataset(own, 'quantize_cfg.calibration.dataset')
     elif calibrates and cfg.get('train_dataloader') is not None:

@@ -15,6 +15,8 @@ def main():
     parser.add_argument('config', help='train config file')
     parser.add_argument('--work-dir', help='folder for logs and checkpoints')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='overrides, key=value')
+    parser.add_argument('--trust-checkpoint', action='store_true',
+                        help='let checkpoints run pickled code; only for your own files')
     args = parser.parse_args()
 
     cfg = Config.fromfile(args.config)
@@ -23,7 +25,7 @@ def main():
     # -100 masks give denormal attention weights, which slow a CPU down
     torch.set_flush_denormal(True)
     try:
-        with only_weights():
+        with only_weights(args.trust_checkpoint or bool(cfg.get('trust_checkpoint', False))):
             Runner.from_cfg(cfg).train()
     except UsageError as error:
         print(f'train.py: error: {error}', file=sys.stderr)

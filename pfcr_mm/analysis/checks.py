@@ -161,7 +161,7 @@ def clipped(report, limits):
                if e['clipped'] is not None and e['clipped'] > limits.clipped]
     for entry in sorted(entries, key=lambda e: -e['clipped']):
         yield (f"{entry['name']}: {100 * entry['clipped']:.0f}% of the values are clipped",
-               'calibrate on more or other images (quantize_cfg.calibration.images), lower '
+               'search scales on more images (quantize_cfg.calibration.search_images), lower '
                'quantize_cfg.reconstruction.scale_lr, or exclude the layer')
 
 

@@ -1,5 +1,6 @@
 """Calibration images: from the training split, through the test pipeline."""
 import copy
+import os
 from pathlib import Path
 
 import cv2
@@ -87,13 +88,19 @@ def refuse_shared_images(images, dataset):
         images (Images): from `calibration_images`.
         dataset (Dataset): what is about to be evaluated on.
     """
-    used = {sample.metainfo.get('img_path') for samples in images.samples for sample in samples}
+    used = {_real(sample.metainfo.get('img_path')) for samples in images.samples
+            for sample in samples}
     for index in range(len(dataset) if hasattr(dataset, 'get_data_info') else 0):
         path = dataset.get_data_info(index).get('img_path')
-        if path and path in used:
+        if path and _real(path) in used:
             raise UsageError(
                 f'image {path} is both in the calibration set and in the test set: figures would '
                 'be too good; calibrate on other images')
+
+
+def _real(path):
+    """A path as the file system has it, whatever way leads there."""
+    return path if not path or '://' in path else os.path.realpath(path)
 
 
 def calibration_dataset_cfg(cfg):
@@ -106,6 +113,11 @@ def calibration_dataset_cfg(cfg):
     test = cfg.test_dataloader.dataset
     while 'dataset' in test:
         test = test.dataset
+    for key, found in (('train', train), ('test', test)):
+        if 'datasets' in found:
+            raise UsageError(
+                f'{key}_dataloader.dataset joins several datasets: say in '
+                'quantize_cfg.calibration.dataset which one calibrates, with its pipeline')
     train = copy.deepcopy(train)
     train.pipeline = copy.deepcopy(test.pipeline)
     train.test_mode = True

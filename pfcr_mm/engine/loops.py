@@ -4,7 +4,6 @@ config -> calibrate -> [POS stage 1 -> reparameterise -> POS stage 2] over the
 schedule -> heads -> harden -> evaluate -> save.
 """
 import copy
-from dataclasses import replace
 
 from mmengine.runner import BaseLoop
 
@@ -22,8 +21,8 @@ from ..registry import LOOPS
 from . import settings
 from .augment import with_views
 from .calibrating import Calibrating
-from .data import calibration_images, check_dataset
-from .measure import measure
+from .data import calibration_images, check_dataset, refuse_shared_images
+from .measure import measure, test_loop
 from .phases import Phase, peak_memory_mb
 from .planned import Planned
 from .resumable import Resumable
@@ -193,6 +192,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note, self.cache)
+        for split in ('test', 'val') if self.evaluations['val'] else ('test', ):
+            refuse_shared_images(images, test_loop(self.runner, split).dataloader.dataset)
         self.count(parallel.whole(parallel.Shard(
             (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
         self.images = with_views(
@@ -233,9 +234,10 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         if parallel.total(len(quantized)) == 0:
             self.note(f'{part}: no calibration image has a box for it; left as calibrated')
             return
+        held_out = parallel.total(self.held_out_among(quantized.numbers))
         self._reconstructor = reconstructor = ChainReconstructor(
             self.chains[part], self.teacher_chains[part], quantized, floating, self.device,
-            self.held_out, self.seed, self.cache, self._faults(), self.images_at_once)
+            held_out, self.seed, self.cache, self._faults(), self.images_at_once)
         if done:
             reconstructor.follow(self._paths)
 
@@ -251,8 +253,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
 
         with self.stop.deferred():
             reconstructor.run(
-                schedule, lambda unit: self.unit_config(stage.number, unit),
-                replace(stage, shrink=1.0),  # its iterations are shrunk already
+                schedule, lambda unit: self.unit_config(stage.number, unit), stage,
                 on_unit_start=lambda unit: self.runner.call_hook('before_unit', unit=unit),
                 on_unit_end=end_unit, on_step=end_step, first=done)
         self._reconstructor = None
@@ -260,10 +261,9 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
     def measure(self, state, model):
         """Test `model`; what counts goes to metrics[state], and of val to val_metrics[state]."""
         with self._phase(f'evaluate {state}'):
-            self.metrics[state], self.all_metrics[state] = measure(
-                self.runner, model, self.images)
+            self.metrics[state], self.all_metrics[state] = measure(self.runner, model)
             if self.evaluations['val']:
-                self.val_metrics[state], _ = measure(self.runner, model, self.images, 'val')
+                self.val_metrics[state], _ = measure(self.runner, model, 'val')
 
     # --- helpers -------------------------------------------------------------
 

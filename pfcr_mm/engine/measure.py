@@ -5,34 +5,28 @@ from contextlib import redirect_stdout
 from mmengine.runner import TestLoop
 
 from ..errors import UsageError
-from .data import check_images, check_worker, refuse_shared_images
+from .data import check_images, check_worker
 from .metrics import counted
 from .per_class import per_class
 
 
-def measure(runner, model, calibrated_on, split='test'):
+def measure(runner, model, split='test'):
     """Test `model` on a split of a runner's config.
 
     Args:
         runner (QuantRunner): its own model is put back afterwards.
         model (nn.Module): what is measured.
-        calibrated_on (Images): calibration images, none of which may be tested on.
         split (str): 'test' or 'val': whose dataloader and evaluator.
 
     Returns:
         tuple[dict, dict]: what counts, and all there is, AP by class included.
 
     Raises:
-        UsageError: an image is missing or damaged, or was calibrated on.
+        UsageError: an image is missing or damaged.
     """
     current, runner.model = runner.model, model
     try:
-        if split == 'test':
-            loop = runner._test_loop = runner.build_test_loop(runner._test_loop)
-        else:
-            loop = TestLoop(
-                runner, runner.cfg[f'{split}_dataloader'], runner.cfg[f'{split}_evaluator'])
-        refuse_shared_images(calibrated_on, loop.dataloader.dataset)
+        loop = test_loop(runner, split)
         with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
             with per_class() as classes:
                 result = loop.run()
@@ -45,3 +39,11 @@ def measure(runner, model, calibrated_on, split='test'):
     finally:
         runner.model = current
     return counted(result), {**result, **classes}
+
+
+def test_loop(runner, split):
+    """The loop that tests on the dataloader and the evaluator of 'test' or 'val'."""
+    if split == 'test':
+        loop = runner._test_loop = runner.build_test_loop(runner._test_loop)
+        return loop
+    return TestLoop(runner, runner.cfg[f'{split}_dataloader'], runner.cfg[f'{split}_evaluator'])

@@ -30,13 +30,16 @@ class Planned:
         set_quantization(self.model, False, False)
         self.chains, self.without_chain = self.chains_of(self.model)
         known = [*self.chains, *self.without_chain]
-        for key, patterns in (('parts', self.parts), ('pos.stage1_parts', self.pos.stage1_parts)):
+        stages = self.pos.stages(self.levels or self.head_levels)
+        for key, patterns in (
+                ('parts', self.parts), ('pos.stage1_parts', self.pos.stage1_parts),
+                *((f'pos.steps.{i}.parts', stage.parts) for i, stage in enumerate(stages)
+                  if self.pos.steps)):
             for pattern in patterns:
                 if not any(fnmatchcase(part, pattern) for part in known):
                     raise UsageError(
                         f'quantize_cfg.{key}: {pattern!r} matches no part; choose of {known}')
         self.schedules, self.stages = {}, {}
-        stages = self.pos.stages(self.levels or self.head_levels)
         for stage in stages:
             self.stages[stage.number] = stage
             self.schedules[stage.number] = self._schedules(stage, stage is stages[-1])
@@ -45,6 +48,9 @@ class Planned:
                 why = (f'its levels {stage.levels} are not in quantize_cfg.levels {self.levels}'
                        if chained else f'its parts {stage.parts} have no chain')
                 self.note(f'POS stage {stage.number} has no units: {why}')
+        if WHOLE in self.chains and not self.schedules[stages[-1].number][WHOLE]:
+            self.note(f'the whole detector is no unit: quantize_cfg.parts {self.parts} or the '
+                      f"parts of the last stage of POS leave {WHOLE!r} out")
         self._share_iterations()
 
     def chains_of(self, model):
@@ -61,6 +67,13 @@ class Planned:
         views = self.calibration['views']
         self.image_sizes = sizes[:self.learned_on] * views + sizes[self.learned_on:]
 
+    def held_out_among(self, numbers):
+        """How many images of a stream are held out: one without a box has no place in it.
+
+        Without this, views of images that are learned from would be held out instead.
+        """
+        return sum(number >= len(self.image_sizes) - self.held_out for number in numbers)
+
     def plan(self):
         """Units by (POS stage, part), in order: what `run` is going to do."""
         return {(number, part): units
@@ -70,8 +83,9 @@ class Planned:
     def unit_config(self, number, unit):
         """`UnitConfig` of a unit in the stage `number` of POS, its iterations final."""
         stage = self.stages[number]
-        base = self.reconstruction if unit.chain == 'backbone' else self.head_reconstruction
-        config = UnitConfig.build(base, unit.level, more=stage.reconstruction)
+        heads = () if unit.chain == 'backbone' else (self.head_reconstruction, )
+        config = UnitConfig.build(
+            unit.level, self.reconstruction, *heads, stage.reconstruction)
         iters = self._iterations.get((number, unit))
         return replace(config, iters=iters or max(1, round(config.iters * stage.shrink)))
 

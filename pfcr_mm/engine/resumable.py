@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import parallel
-from ..errors import FaultError
+from ..errors import FaultError, UsageError
 from ..models.reparam import fold_alike
 from ..models.state import load_model_state, model_state
 from ..quantizers import native
@@ -74,8 +74,7 @@ class Resumable:
             return True
         if self._done is not None:
             check_identity(self._done, self.identity, folder)
-            report = parallel.from_main(
-                lambda: json.loads((Path(folder) / 'report.json').read_text()))
+            report = parallel.from_main(lambda: _report_in(folder))
             self.metrics = {state: report[state] for state in ('float', 'calibrated', 'quantized')
                             if report.get(state)}
             logger.info(f'This run has finished already: see {folder}/report.md')
@@ -182,6 +181,18 @@ class Resumable:
         return identity(
             self.runner.cfg, **{'seed': str(self.seed), 'float checkpoint': weights.hexdigest(),
                                 'calibration images': f'{images:08x}'})
+
+
+def _report_in(folder):
+    """`report.json` of the finished run in a work dir."""
+    path = Path(folder) / 'report.json'
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f'the run in {folder} has finished, and {path} cannot be read '
+            f'({type(error).__name__}); tools/test.py measures the checkpoint beside it again'
+        ) from None
 
 
 def _pack(boxes):

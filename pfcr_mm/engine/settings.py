@@ -12,10 +12,6 @@ _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
     dataset=None, views=1, cutmix=0.0, compensate=None, feed_back=False, fit_norms=False)
 _ROIS = dict(proposals=64, detections=16)
-# From end to end a few hundred images teach scales, biases and norms; weights learn the images.
-_DETECTOR = dict(
-    loss='detections', weight_lr=0.0, adaround_lr=0.0, weight_scale_lr=0.0, scale_lr=1e-3,
-    bias_lr=1e-3, norm_lr=1e-3, keep_prob=1.0, input_mix=1.0)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 
 
@@ -37,7 +33,7 @@ def calibration_of(given):
         if not isinstance(found[key], bool):
             raise UsageError(
                 f'quantize_cfg.calibration.{key}={found[key]!r} is neither True nor False')
-    for key, least in (('images', 0), ('held_out', 0), ('search_images', 1), ('rounds', 0),
+    for key, least in (('images', 1), ('held_out', 0), ('search_images', 1), ('rounds', 0),
                        ('rows', 4), ('views', 1)):
         _check_integer(found[key], least, f'calibration.{key}')
     return found
@@ -62,26 +58,19 @@ def pos_of(given):
 
 
 def reconstruction_of(given, of_heads, pos):
-    """`reconstruction`, and what `head_reconstruction` makes of it.
+    """`reconstruction` and `head_reconstruction` as they are.
 
     Args:
         given, of_heads (dict | None): of the config.
         pos (POSConfig): its steps have overrides, which are checked too.
-
-    Returns:
-        tuple[dict, dict]: of the backbone, and of neck and heads.
     """
-    base = dict(given or {})
-    heads = _merged(base, of_heads or {})
-    heads['per_level'][WHOLE] = {**_DETECTOR, **heads['per_level'].get(WHOLE, {})}
-    for found in (base, heads):
-        for level in ['leaf', *found.get('per_level', {})]:
-            UnitConfig.build(found, level, 'quantize_cfg.reconstruction')
-        check_levels(found.get('per_level', {}), 'quantize_cfg.reconstruction.per_level')
+    found = given or {}, of_heads or {}
+    for key, own in zip(('reconstruction', 'head_reconstruction'), found):
+        UnitConfig.check(own, f'quantize_cfg.{key}')
     for i, step in enumerate(pos.steps):
-        UnitConfig.build(
-            step.get('reconstruction') or {}, 'leaf', f'quantize_cfg.pos.steps.{i}')
-    return base, heads
+        UnitConfig.check(
+            step.get('reconstruction') or {}, f'quantize_cfg.pos.steps.{i}.reconstruction')
+    return found
 
 
 def rois_of(given):
@@ -94,12 +83,13 @@ def rois_of(given):
 
 def dtype_of(name):
     """`cache_dtype` as torch's."""
-    dtype = getattr(torch, name, name) if name else None
-    if dtype is not None and not isinstance(dtype, torch.dtype):
+    if name is None:
+        return None
+    if name not in ('float16', 'bfloat16', 'float32'):
         raise UsageError(
             f"quantize_cfg.cache_dtype={name!r} is not known; choose 'float16', "
             "'bfloat16', 'float32' or None")
-    return dtype
+    return getattr(torch, name)
 
 
 def cache_memory_of(given):
@@ -164,9 +154,3 @@ def _known(defaults, given, key):
         raise UsageError(f'quantize_cfg.{key}={given!r} is no dict')
     check_keys(given or {}, defaults, f'quantize_cfg.{key}')
     return {**defaults, **(given or {})}
-
-
-def _merged(base, extra):
-    found = {**base, **{k: v for k, v in extra.items() if k != 'per_level'}}
-    found['per_level'] = {**base.get('per_level', {}), **extra.get('per_level', {})}
-    return found

@@ -242,6 +242,13 @@ def quantize_matmuls(attention, name, quant):
     return records
 
 
+def skipped_matmuls(attention, name):
+    """Census records of both products of an attention that computes in a way of its own."""
+    reason = f'{type(attention).__name__} has a forward of its own'
+    return [LayerRecord(f'{name}.{child}', 'Matmul', skipped_reason=reason)
+            for child in ('matmul_qk', 'matmul_av')]
+
+
 def _convert_layer(model, name, aliases, module, quant, is_end):
     kind = type(module).__name__
     if isinstance(module, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)):

@@ -23,7 +23,7 @@ def post_norm_pairs(model):
     pairs = []
     for module in model.modules():
         find = POST_NORM.find(module)
-        if find is not None:
+        if find is not None and POST_NORM.same_forward(module):
             pairs += [pair for pair in find(module) if _can_fold_into(pair[1])]
     return pairs
 
@@ -35,6 +35,8 @@ def output_map_pairs(detector):
     norms_of = OUTPUT_NORMS.find(detector.backbone)
     readers_of = MAP_READERS.find(neck) if neck is not None else None
     if norms_of is None or readers_of is None:
+        return []
+    if not (OUTPUT_NORMS.same_forward(detector.backbone) and MAP_READERS.same_forward(neck)):
         return []
     norms = norms_of(detector.backbone)
     return [(norms[i], layer, None) for i, layer in readers_of(neck).items()

@@ -14,7 +14,7 @@ from ..registry import (
     VALUE_PROJECTIONS,
 )
 from .chain import Chain, Leaf, State
-from .convert import quantize_matmuls
+from .convert import quantize_matmuls, skipped_matmuls
 
 _SWIN = 'mmdet.models.backbones.swin'
 
@@ -118,25 +118,33 @@ def shift_mask(height, width, size, shift, device):
 @CONVERTERS.register(f'{_SWIN}.ShiftWindowMSA')
 def convert_shift_window_msa(module, name, quant):
     """Give a ShiftWindowMSA its quantized forward, in place."""
-    if isinstance(module, QuantShiftWindowMSA):
-        return []
-    module.__class__ = QuantShiftWindowMSA
-    module.register_buffer('pad_value', torch.zeros(module.w_msa.embed_dims))
+    if _is_plain(module, ShiftWindowMSA) and _is_plain(module.w_msa, WindowMSA):
+        module.__class__ = QuantShiftWindowMSA
+        module.register_buffer('pad_value', torch.zeros(module.w_msa.embed_dims))
     return []
 
 
 @CONVERTERS.register(f'{_SWIN}.WindowMSA')
 def convert_window_msa(module, name, quant):
     """Give a WindowMSA its quantized matmuls, in place; census records of both."""
+    if not _is_plain(module, WindowMSA):
+        return skipped_matmuls(module, name)
     module.__class__ = QuantWindowMSA
     return quantize_matmuls(module, name, quant)
+
+
+def _is_plain(module, cls):
+    """Whether a module computes what its mmdet class does."""
+    return type(module).forward is cls.forward
 
 
 @POST_NORM.register(f'{_SWIN}.SwinBlock')
 def swin_block_pairs(block):
     """(norm, linear, window attention whose padding follows) of a Swin block."""
-    return [(block.norm1, block.attn.w_msa.qkv, block.attn),
-            (block.norm2, block.ffn.layers[0][0], None)]
+    pairs = [(block.norm2, block.ffn.layers[0][0], None)]
+    if isinstance(block.attn, QuantShiftWindowMSA):
+        pairs.insert(0, (block.norm1, block.attn.w_msa.qkv, block.attn))
+    return pairs
 
 
 @POST_NORM.register('mmdet.models.layers.transformer.utils.PatchMerging')

@@ -12,7 +12,7 @@ from torch import nn
 from ..modules import QuantMatmul
 from ..registry import CHAINS, CONVERTERS, POST_NORM, QUERY_KEYS, VALUE_PROJECTIONS
 from .chain import Chain, Leaf, State
-from .convert import LayerRecord, quantize_matmuls
+from .convert import quantize_matmuls, skipped_matmuls
 from .swin import window_query_keys, window_value_projection
 
 _SWIN = 'timm.models.swin_transformer'
@@ -92,9 +92,7 @@ def convert_block(block, name, quant):
 def convert_window_attention(attention, name, quant):
     """Give a window attention its quantized matmuls, in place; census records of both."""
     if type(attention).forward is not WindowAttention.forward:
-        reason = f'{type(attention).__name__} has a forward of its own'
-        return [LayerRecord(f'{name}.{child}', 'Matmul', skipped_reason=reason)
-                for child in ('matmul_qk', 'matmul_av')]
+        return skipped_matmuls(attention, name)
     attention.__class__ = QuantTimmWindowAttention
     attention.fused_attn = False
     return quantize_matmuls(attention, name, quant)

@@ -10,7 +10,7 @@ from torch import nn
 from ..registry import CHAINS, CONVERTERS, POST_NORM, QUERY_KEYS, VALUE_PROJECTIONS
 from .backbones.attention import GridAttention, MatmulAttention
 from .chain import Chain, Leaf, State
-from .convert import LayerRecord, quantize_matmuls
+from .convert import LayerRecord, quantize_matmuls, skipped_matmuls
 
 _VIT = 'timm.models.vision_transformer'
 
@@ -20,9 +20,7 @@ def convert_attention(attention, name, quant):
     """Give an attention its quantized matmuls, in place; census records of its products."""
     if not isinstance(attention, MatmulAttention):
         if type(attention).forward is not Attention.forward:
-            reason = f'{type(attention).__name__} has a forward of its own'
-            return [LayerRecord(f'{name}.{child}', 'Matmul', skipped_reason=reason)
-                    for child in ('matmul_qk', 'matmul_av')]
+            return skipped_matmuls(attention, name)
         MatmulAttention.adopt(attention)
     records = quantize_matmuls(attention, name, quant)
     if isinstance(attention, GridAttention):

@@ -162,7 +162,7 @@ class Observer(PerImage):
                 generator=generator).to(x.device)
             rows = grouped[:, pick].t()
             if isinstance(quantizer, LogQuantizer):
-                rows = rows[rows.amin(1) > 1e-12]  # masked attention is exactly zero
+                rows = rows[rows.amax(1) > 1e-30]  # masked attention is zero in every head
             reservoir.add(rows, grouped.amin(1), grouped.amax(1), generator)
 
         return hook

@@ -68,12 +68,9 @@ class BatchLimit:
     def __init__(self, size, where, tell, at_once=None):
         self.size, self.where, self.tell = min(size, at_once or size), where, tell
 
-    def run(self, function, most=None):
-        """Return function(size); where it runs out of memory, again with half the size.
-
-        `most` is how many entries there are.
-        """
-        size = min(self.size, most or self.size)
+    def run(self, function):
+        """Return function(size); where it runs out of memory, again with half the size."""
+        size = self.size
         while True:
             try:
                 return function(size)

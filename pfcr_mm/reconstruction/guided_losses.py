@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import parallel
-from ..errors import UsageError, check_keys
+from ..errors import UsageError, check_keys, is_number
 from ..models.chain import State
 from ..registry import RECONSTRUCTION_LOSSES
 from .build_loss import build_loss, check_loss, loss_wants
@@ -50,14 +50,19 @@ def head_kl(logits, target, temperature=1.0):
 
 
 class _Guided:
-    """What the losses here share: options are checked by their names in `__init__`."""
+    """What the losses here share: options are checked by `__init__`, its numbers are above 0."""
 
     wants = (UNIT, )
 
     @classmethod
     def check(cls, options, key):
-        """Raise UsageError for an unknown option."""
-        check_keys(options, list(inspect.signature(cls.__init__).parameters)[4:], key)
+        """Raise UsageError for an unknown option, or a bad number."""
+        known = list(inspect.signature(cls.__init__).parameters.values())[4:]
+        check_keys(options, [parameter.name for parameter in known], key)
+        for name in (p.name for p in known if isinstance(p.default, float)):
+            value = options.get(name, 1.0)
+            if not (is_number(value) and value > 0):
+                raise UsageError(f'{key}.{name}={value!r} is not a number above 0')
         if 'other' in options:
             check_loss(options['other'], f'{key}.other')
             if loss_wants(options['other']) != {UNIT}:
@@ -315,7 +320,7 @@ class MixedLoss:
         for i, term in enumerate(terms):
             term = dict(term)
             weight = term.pop('weight', 1.0)
-            if not isinstance(weight, (int, float)) or weight < 0:
+            if not is_number(weight) or weight < 0:
                 raise UsageError(
                     f'{key}.terms.{i}.weight={weight!r} is not a number of 0 or more')
             check_loss(term, f'{key}.terms.{i}')

@@ -61,6 +61,9 @@ class PartStreams:
     def _boxes_of_heads(self, heads):
         """Float streams into heads; boxes are found on the way where they are not known."""
         _, teacher = self.models
+        rois_wanted = {part for part in heads if part.startswith('roi_head.')}
+        if not rois_wanted <= set(self.boxes or ()):  # an earlier stage had fewer heads
+            self.boxes = None
         boxes_of = self._known if self.boxes is not None else partial(
             roi.boxes_of, teacher, seed=self.seed, **self.rois)
         # image by image, so that boxes are the same for any number of processes
@@ -79,7 +82,6 @@ class PartStreams:
         _, teacher = self.models
         heads = roi_parts(teacher)
         if not set(heads) <= set(self.boxes or ()):  # not all of them were reconstructed
-            self.boxes = None
             self._boxes_of_heads(heads)
         boxes = ({part: self.boxes[part][number] for part in heads}
                  for number in self.images.numbers)

@@ -3,8 +3,6 @@
 Reads top-down like the paper: leaves are reconstructed, merged into blocks, blocks
 reconstructed and merged, and so on up to the whole chain.
 """
-from dataclasses import replace
-
 import torch
 
 from ..modules import QuantLayer
@@ -58,7 +56,7 @@ class ChainReconstructor:
 
         Args:
             schedule (list[Unit]): see `build_schedule`.
-            config_of (callable): unit -> UnitConfig.
+            config_of (callable): unit -> UnitConfig, its iterations final.
             stage (Stage): the stage of POS.
             on_unit_start, on_unit_end, on_step (callable | None): called with the
                 unit, with its UnitRecord, and with (step, loss).
@@ -71,10 +69,7 @@ class ChainReconstructor:
         for number, unit in enumerate(schedule[first:], first):
             if on_unit_start is not None:
                 on_unit_start(unit)
-            config = config_of(unit)
-            config = replace(
-                config, iters=max(1, round(config.iters * stage.shrink)))
-            record = self.reconstruct_unit(unit, config, stage, number, on_step)
+            record = self.reconstruct_unit(unit, config_of(unit), stage, number, on_step)
             records.append(record)
             self._move_on(unit, schedule[number + 1:])
             if on_unit_end is not None:

@@ -13,7 +13,7 @@ steps      the stages that `steps` lists: other methods are told apart by these.
 """
 from dataclasses import dataclass, field
 
-from ..errors import UsageError, check_keys
+from ..errors import UsageError, check_keys, is_number
 from .units import LEVELS, check_levels
 
 MODES = ('quantizer', 'unit', 'operand', 'off', 'steps')
@@ -34,7 +34,7 @@ class Stage:
         final (bool): the model is reparameterised and fully quantized on entry.
         levels (tuple[str]): units to reconstruct.
         parts (tuple[str]): parts of the detector; '*' is all.
-        shrink (float): factor on iterations.
+        shrink (float): factor on iterations, for who makes the `UnitConfig`s.
         quantize_activations (bool): False leaves activations float.
         learn (str): 'all', or 'scales' for activation scales alone.
         reconstruction (dict): overrides of the method's `reconstruction`.
@@ -61,6 +61,9 @@ class Stage:
 @dataclass
 class POSConfig:
     """The `pos` entry of a PFCR config.
+
+    Levels here are of the backbone; neck and heads have all of theirs (`head_levels`) in every
+    stage whose parts they belong to.
 
     Args:
         mode (str): 'quantizer', 'unit', 'operand', 'off' or 'steps'.
@@ -90,8 +93,16 @@ class POSConfig:
         check_levels([self.stage2_start], 'pos.stage2_start')
         if (self.mode == 'steps') != bool(self.steps):
             raise UsageError("pos.steps lists stages, and belongs to pos.mode='steps'")
+        for key in ('stage1_shrink', 'stage2_shrink'):
+            _check_shrink(getattr(self, key), f'pos.{key}')
+        folded = False
         for i, step in enumerate(self.steps):
             _check_step(step, f'pos.steps.{i}')
+            by_channel = step.get('norms') == 'channel'
+            if folded and by_channel:
+                raise UsageError(f"pos.steps.{i}.norms='channel' comes after a step with "
+                                 "'tensor', which has folded the channels' scales")
+            folded = not by_channel
 
     def stages(self, levels):
         """The training stages, given the levels of the whole method.
@@ -128,7 +139,13 @@ def _check_step(step, key):
             raise UsageError(f'{key}.{name}={step[name]!r} is not known; choose one of {choices}')
     if step['norms'] == 'channel' and step['weights'] == 'quantized':
         raise UsageError(f"{key}: weights are quantized after reparameterisation, norms='tensor'")
+    _check_shrink(step['shrink'], f'{key}.shrink')
     check_levels(step['levels'] or (), f'{key}.levels')
+
+
+def _check_shrink(value, key):
+    if not (is_number(value) and value > 0):
+        raise UsageError(f'{key}={value!r} is not a number above 0')
 
 
 def _step_stage(number, step, levels):

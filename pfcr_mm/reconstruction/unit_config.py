@@ -1,10 +1,18 @@
 """How units are optimised: rates, iterations, what is mixed and what is stopped."""
+import itertools
 from dataclasses import dataclass, fields
 
 from ..errors import UsageError, check_keys, is_number
+from ..models.whole import WHOLE
 from .build_loss import check_loss
 from .early_stop import EarlyStop
 from .precision import check_autocast
+from .units import check_levels
+
+# From end to end a few hundred images teach scales, biases and norms; weights learn the images.
+_WHOLE = dict(
+    loss='detections', weight_lr=0.0, adaround_lr=0.0, weight_scale_lr=0.0, scale_lr=1e-3,
+    bias_lr=1e-3, norm_lr=1e-3, keep_prob=1.0, input_mix=1.0)
 
 
 @dataclass
@@ -79,15 +87,38 @@ class UnitConfig:
         return min(20 / self.iters, 0.1) if self.adaround_lr is None else self.adaround_lr
 
     @classmethod
-    def build(cls, base, level, key='reconstruction', more=None):
-        """From a base dict and the per-level overrides in base['per_level'].
+    def build(cls, level, *layers):
+        """The recipe of a level.
 
-        `more` is another such dict, laid over it.
+        Args:
+            level (str): of the unit.
+            *layers (dict): of the config, each laid over those before; what its `per_level`
+                says of the level goes over what it says of all. The whole detector has a recipe
+                of its own, which only `per_level` of any of them changes.
         """
+        of_all = [{k: v for k, v in layer.items() if k != 'per_level'} for layer in layers]
+        of_level = [layer.get('per_level', {}).get(level, {}) for layer in layers]
         merged = {}
-        for layer in (base, more or {}):
-            merged.update({k: v for k, v in layer.items() if k != 'per_level'})
-            merged.update(layer.get('per_level', {}).get(level, {}))
-        check_keys(merged, [f.name for f in fields(cls)], key)
-        check_loss(merged.get('loss', cls.loss), f'{key}.loss')
+        for own in ([*of_all, _WHOLE, *of_level] if level == WHOLE
+                    else itertools.chain(*zip(of_all, of_level))):
+            merged.update(own)
         return cls(**merged)
+
+    @classmethod
+    def check(cls, given, key):
+        """Raise UsageError unless `given`, whose name is `key`, may be a layer of `build`."""
+        if not isinstance(given, dict):
+            raise UsageError(f'{key}={given!r} is no dict')
+        per_level = given.get('per_level', {})
+        if not isinstance(per_level, dict):
+            raise UsageError(f'{key}.per_level={per_level!r} is no dict')
+        check_levels(per_level, f'{key}.per_level')
+        of_all = {k: v for k, v in given.items() if k != 'per_level'}
+        for where, own in ((key, of_all), *((f'{key}.per_level.{level}', own)
+                                            for level, own in per_level.items())):
+            check_keys(own, [f.name for f in fields(cls)], where)
+            check_loss(own.get('loss', cls.loss), f'{where}.loss')
+            try:
+                cls(**own)
+            except UsageError as error:  # it begins with the key
+                raise UsageError(f'{where}.{error}') from None

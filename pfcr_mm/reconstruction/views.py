@@ -45,7 +45,7 @@ class UnitView:
         rest (Chain): the float chain, whose leaves after the unit lead to 'final'.
 
     A unit that is a single layer has the layer's output for its own, and the layer's
-    parameters alone.
+    parameters alone. Outputs of layers have their channels where the chain has its own.
     """
 
     def __init__(self, chain, unit, wants, rest):
@@ -78,7 +78,9 @@ class UnitView:
         rows = state.tensors[0].shape[0]
         with tapped(self._layers) as seen:
             state, side = self.chain.run(state, start, stop)
-        layers = tuple(_by_image(x, rows) for outputs in seen for x in outputs)
+        layers = tuple(
+            _by_image(x, rows).movedim(_channels_of(layer), self.channel_axis)
+            for layer, outputs in zip(self._layers, seen) for x in outputs)
         if self.unit.layer:
             self.sizes = {UNIT: len(layers)}
             return State((), state.meta), layers
@@ -149,3 +151,9 @@ def tapped(layers):
 def _by_image(x, rows):
     """(windows * B, ...) as (B, windows, ...), so that images can be told apart."""
     return x if x.shape[0] == rows else x.unflatten(0, (rows, -1))
+
+
+def _channels_of(layer):
+    """The axis of the channels in what a layer puts out, from the end."""
+    is_map = isinstance(layer, QuantLayer) and layer.input_axis == 1
+    return -3 if is_map else -1  # (B, C, H, W), else (..., C)

@@ -105,8 +105,8 @@ def test_quantize_cfg_is_legal(path):
     quantize = cfg.quantize_cfg
     check_levels(quantize.levels, 'levels')
     POSConfig(**quantize.pos)
-    for level in quantize.levels:
-        UnitConfig.build(quantize.reconstruction, level)
+    UnitConfig.check(quantize.reconstruction, 'reconstruction')
+    UnitConfig.check(quantize.get('head_reconstruction', {}), 'head_reconstruction')
     assert 0 < quantize.calibration.held_out < quantize.calibration.images
 
 
@@ -240,7 +240,7 @@ def test_block_baseline_has_the_iterations_of_pfcr(path):
         total = 0
         for stage in POSConfig(**loop.pos).stages(loop.levels):
             for unit in build_schedule(chain, stage.levels):
-                iters = UnitConfig.build(loop.reconstruction, unit.level).iters
+                iters = UnitConfig.build(unit.level, loop.reconstruction).iters
                 total += max(1, round(iters * stage.shrink))
         totals.append(total)
     assert totals[0] == pytest.approx(totals[1], rel=0.005)

@@ -11,8 +11,9 @@ import torch
 from demo_runs import FLOAT, options_as_dict
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, LOOPS, RUNNERS
+from mmengine.registry import HOOKS, LOOPS, MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner
+from mmengine.runner.checkpoint import _load_checkpoint
 from mmengine.structures import BaseDataElement
 
 from pfcr_mm.cli import quant_main
@@ -95,6 +96,15 @@ def test_agreement_outside_a_run(runner):
 
 # --- ManifestGuardHook in a stock Runner ------------------------------------
 
+@MODEL_WRAPPERS.register_module(force=True)
+class Wrapper(torch.nn.Module):
+    """As a distributed one, it has its own attributes only."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
 def stock_runner(run, checkpoint, folder, quantized):
     """MMEngine's own Runner on the tiny detector, guarded."""
     cfg = run.config()
@@ -126,6 +136,16 @@ def test_guard_refuses_other_bits(tiny_run, tmp_path):
     runner.model.census[1].activation_bits = 7
     with pytest.raises(UsageError, match='activation_bits'):
         runner.test()
+
+
+def test_guard_looks_into_a_distributed_wrapper(tiny_run, tmp_path):
+    runner = stock_runner(tiny_run, tiny_run.quantized, tmp_path, quantized=True)
+    quantized, plain = (_load_checkpoint(str(p), map_location='cpu')
+                        for p in (tiny_run.quantized, tiny_run.checkpoint))
+    wrapped = SimpleNamespace(model=Wrapper(runner.model))
+    ManifestGuardHook().after_load_checkpoint(wrapped, quantized)
+    with pytest.raises(UsageError, match='the checkpoint holds float weights'):
+        ManifestGuardHook().after_load_checkpoint(wrapped, plain)
 
 
 @pytest.mark.parametrize('quantized', [False, True], ids=['float', 'quantized'])

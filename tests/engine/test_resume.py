@@ -319,6 +319,9 @@ def test_a_finished_run_is_not_run_again(quick, whole, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in folder.iterdir()
             if p.suffix in ('.pth', '.json')} == before
     assert [p.name for p in (folder / 'resume').iterdir()] == ['finished.json']
+    (folder / 'report.json').unlink()
+    assert quant_main(quick(folder, '--resume')) == 2
+    assert 'report.json cannot be read' in capsys.readouterr().err
 
 
 def test_random_seed_of_the_first_piece_is_kept(quick, die, tmp_path):

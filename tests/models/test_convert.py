@@ -4,13 +4,14 @@ import copy
 import pytest
 import torch
 from mmcv.cnn.bricks import wrappers
-from mmdet.models.backbones.swin import WindowMSA
+from mmdet.models.backbones.swin import ShiftWindowMSA, SwinBlock, WindowMSA
 from mmengine.hub import get_config
 from mmengine.registry import MODELS
 from torch import nn
 
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models import QuantConfig, convert
+from pfcr_mm.models.reparam import post_norm_pairs
 from pfcr_mm.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, quantizers_of
 
 SWIN_T = 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
@@ -25,6 +26,20 @@ class OwnLinear(nn.Linear):
 
 class PlainLinear(nn.Linear):
     """A subclass that adds nothing to the forward."""
+
+
+class OwnWindowMSA(WindowMSA):
+    """A window attention that computes something else."""
+
+    def forward(self, x, mask=None):
+        return 2 * super().forward(x, mask)
+
+
+class OwnShiftWindowMSA(ShiftWindowMSA):
+    """A shifted one that does."""
+
+    def forward(self, query, hw_shape):
+        return query + super().forward(query, hw_shape)
 
 
 def toy():
@@ -252,3 +267,41 @@ def test_an_override_of_one_matmul(build_quantized):
     bits = {r.name: r.activation_bits for r in detector.census if 'stages.0.blocks.0' in r.name}
     assert bits['backbone.stages.0.blocks.0.attn.w_msa.matmul_av'] == 8
     assert bits['backbone.stages.0.blocks.0.attn.w_msa.matmul_qk'] == 4
+
+
+# --- attentions with a forward of their own ----------------------------------
+
+@pytest.mark.parametrize('own', ['window', 'shift'])
+def test_a_subclass_of_swins_attention_computes_what_it_did(own):
+    torch.manual_seed(0)
+    block = SwinBlock(16, 2, 32, window_size=4, shift=True).eval()
+    if own == 'window':
+        block.attn.w_msa.__class__ = OwnWindowMSA
+    else:
+        block.attn.__class__ = OwnShiftWindowMSA
+    x = torch.randn(2, 6 * 9, 16)
+    with torch.no_grad():
+        expected = block(x, (6, 9))
+        found = census(block, weight_bits=4, activation_bits=4)
+        torch.testing.assert_close(block(x, (6, 9)), expected)
+    reasons = {'OwnWindowMSA has a forward of its own'} if own == 'window' else {None}
+    assert {found[f'attn.w_msa.{name}'].skipped_reason
+            for name in ('matmul_qk', 'matmul_av')} == reasons
+    # its padding would not move along
+    assert [pair[0] for pair in post_norm_pairs(block)] == [block.norm2]
+
+
+def test_a_neck_with_a_forward_of_its_own_takes_no_folds():
+    cfg = get_config(SWIN_T).model
+    cfg.backbone.update(init_cfg=None, embed_dims=16, depths=(1, 1, 1, 1), num_heads=(2, ) * 4)
+    cfg.neck.in_channels = [16, 32, 64, 128]
+    arch = cfg.pop('type')
+    detector = MODELS.build(dict(cfg, type='pfcr_mm.QuantDetector', arch=arch, quant={}))
+    count = len(post_norm_pairs(detector))
+
+    class OwnFPN(type(detector.neck)):
+        def forward(self, inputs):
+            return super().forward(inputs) + tuple(inputs[:1])
+
+    detector.neck.__class__ = OwnFPN
+    assert len(post_norm_pairs(detector)) == count - 4

@@ -146,6 +146,17 @@ def test_masked_entries_do_not_enter_the_log_search():
     assert len(rows) > 20 and rows.min() >= 0.3
 
 
+def test_what_is_tiny_in_one_head_is_seen_in_the_others():
+    """Heads that look elsewhere, sharply: no position counts in all of them."""
+    model, matmul = attention_operand(kind='log2')
+    attention = torch.full((1, 2, 50, 50), 1e-14)
+    attention[:, 0, :, :25] = attention[:, 1, :, 25:] = 0.04
+    with observe(model, rows=4096) as seen:
+        matmul(attention, torch.rand(1, 2, 50, 3))
+    rows = seen.operands['matmul_av.left_quantizer'].rows
+    assert len(rows) == 50 * 50 and (rows.amax(1) == 0.04).all()
+
+
 # --- the reservoir -----------------------------------------------------------------
 
 def test_reservoir_keeps_extremes_and_a_fair_sample():

@@ -362,29 +362,31 @@ def test_callbacks_are_called_for_each_unit():
     assert calls[:4] == ['A1', 0, 1, 'backbone.stages.0.blocks.0.attn'] and len(calls) == 16
 
 
-def test_a_stage_shrinks_its_iterations():
-    model, teacher, inputs = toy(branches=2)
-    records = run(model, teacher, inputs, ['leaf'], stage=Stage(2, True, True, (), shrink=0.1))
-    assert {r.iters for r in records} == {4}
-
-
 # --- config ----------------------------------------------------------------------------
 
 def test_per_level_overrides():
     base = dict(iters=7, weight_lr=1e-2, per_level=dict(block=dict(iters=9)))
-    assert UnitConfig.build(base, 'leaf').iters == 7
-    block = UnitConfig.build(base, 'block')
+    assert UnitConfig.build('leaf', base).iters == 7
+    block = UnitConfig.build('block', base)
     assert (block.iters, block.weight_lr) == (9, 1e-2)
 
 
 @pytest.mark.parametrize('base, message', [
-    (dict(itres=3), r'reconstruction\.itres is not a known key; choose of .*iters'),
-    (dict(per_level=dict(leaf=dict(lr=3))), r'reconstruction\.lr is not a known key'),
-    (dict(loss='l1'), r"reconstruction\.loss='l1' is not a known .*'channel_mse'"),
-], ids=['key', 'per-level-key', 'loss'])
+    (dict(itres=3), r'^mine\.itres is not a known key; choose of .*iters'),
+    (dict(iters=0), r'^mine\.iters=0 is not an integer of 1 or more'),
+    (dict(per_level=dict(leaf=dict(lr=3))), r'^mine\.per_level\.leaf\.lr is not a known key'),
+    (dict(per_level=dict(leaf=dict(lr=3, per_level={}))),
+     r'^mine\.per_level\.leaf\.lr is not a known key'),
+    (dict(per_level=dict(leaf=dict(early_stop=dict(every=0)))),
+     r'^mine\.per_level\.leaf\.early_stop\.every=0 is not'),
+    (dict(per_level=dict(leaves={})), r"^mine\.per_level has 'leaves', which is no level"),
+    (dict(per_level=3), r'^mine\.per_level=3 is no dict'),
+    (dict(loss='l1'), r"^mine\.loss='l1' is not a known .*'channel_mse'"),
+    (3, '^mine=3 is no dict'),
+])
 def test_mistakes_name_the_key(base, message):
     with pytest.raises(UsageError, match=message):
-        UnitConfig.build(base, 'leaf')
+        UnitConfig.check(base, 'mine')
 
 
 # --- gradients through attention ---------------------------------------------------------

@@ -55,7 +55,9 @@ def test_default_is_the_quantizer_reading():
     (dict(mode='both'), "pos.mode='both' is not known.*'quantizer'"),
     (dict(stage1_levels=['leafs']), "pos.stage1_levels has 'leafs'"),
     (dict(stage2_start='end'), "pos.stage2_start has 'end'"),
-], ids=['mode', 'levels', 'start'])
+    (dict(stage1_shrink=-3), 'pos.stage1_shrink=-3 is not a number above 0'),
+    (dict(stage2_shrink=float('nan')), 'pos.stage2_shrink=nan is not a number above 0'),
+], ids=['mode', 'levels', 'start', 'shrink', 'nan'])
 def test_mistakes_name_the_key(pos, message):
     with pytest.raises(UsageError, match=message):
         POSConfig(**pos)
@@ -83,6 +85,9 @@ def test_steps_say_what_other_methods_do():
     (dict(mode='steps', steps=[dict(weight='float')]), 'pos.steps.0.weight is not a known key'),
     (dict(mode='steps', steps=[{}, dict(learn='none')]), r"pos.steps.1.learn='none'"),
     (dict(mode='steps', steps=[dict(norms='channel')]), "norms='tensor'"),
+    (dict(mode='steps', steps=[{}, dict(norms='channel', weights='float')]),
+     "pos.steps.1.norms='channel' comes after"),
+    (dict(mode='steps', steps=[dict(shrink='a')]), "pos.steps.0.shrink='a' is not a number"),
     (dict(mode='steps', steps=[dict(levels=['window'])]), "pos.steps.0.levels has 'window'"),
 ], ids=str)
 def test_bad_steps(pos, words):

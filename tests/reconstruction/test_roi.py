@@ -148,6 +148,15 @@ def test_boxes_that_are_known_are_kept(model, teacher, images, boxes):
         assert not torch.equal(ours.states[0].tensors[0], theirs.states[0].tensors[0])
 
 
+def test_boxes_of_heads_that_come_later_are_found(model, teacher, boxes, images):
+    """The first stage of POS has one of the heads, the second has all."""
+    known = {'roi_head.bbox_head.0': boxes['roi_head.bbox_head.0']}
+    streams = streams_of(model, teacher, images, boxes=known)
+    assert list(streams.boxes) == list(boxes)
+    for part, found in boxes.items():
+        assert all(map(torch.equal, streams.boxes[part], found))
+
+
 def test_an_image_without_proposals(teacher, images):
     maps = teacher.extract_feat(images[0][0])
     entering = roi.refined(

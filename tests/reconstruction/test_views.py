@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy_chains import chain_of, learned_state, stream, toy
 
-from pfcr_mm.models import State
+from pfcr_mm.models import QuantConfig, State, convert
 from pfcr_mm.models.chain import Chain, Leaf
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import (
@@ -111,6 +111,30 @@ def test_a_view_gives_layers_and_final_output():
     assert view.parts([UNIT, LAYERS, FINAL]) == {
         UNIT: slice(0, 1), LAYERS: slice(1, 5), FINAL: slice(5, 6)}
     assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_layers_have_their_channels_where_the_chain_has():
+    """A patch embedding gives a map, the chain has tokens; a layer in windows gives tokens."""
+    patches = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 4, 4), torch.nn.Linear(5, 7))
+    convert(patches, QuantConfig(weight_bits=4, activation_bits=4))
+
+    def embed(state):
+        tokens = patches[0](state.tensors[0]).flatten(2).transpose(1, 2)
+        windows = tokens.reshape(-1, 2, 5)
+        return State((patches[1](windows).reshape(len(tokens), -1, 7), )), ()
+
+    chain = Chain('backbone', [Leaf('patch_embed', embed, tuple(patches))], -1)
+    x = torch.randn(2, 3, 8, 16)
+    unit, = units_of(chain, 'leaf')
+    _, (maps, windows) = UnitView(chain, unit, {LAYERS}, chain).run(State((x, )), 0, 1)
+    assert torch.equal(maps, patches[0](x).permute(0, 2, 3, 1))
+    assert windows.shape == (2, 4, 2, 7)
+    layer = units_of(chain, 'layer')[0]
+    _, (alone, ) = UnitView(chain, layer, (), chain).run(State((x, )), 0, 1)
+    assert torch.equal(alone, maps)
+    of_maps = Chain('neck', chain.leaves, 1)
+    _, (alone, ) = UnitView(of_maps, layer, (), of_maps).run(State((x, )), 0, 1)
+    assert torch.equal(alone, patches[0](x))
 
 
 def test_at_a_detectors_end_the_maps_are_final():

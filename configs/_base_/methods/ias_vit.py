@@ -8,9 +8,9 @@ quantize_cfg = dict(
         mode='steps',
         steps=[
             dict(weights='float', norms='channel', parts=['backbone'],
-                 reconstruction=dict(input_mix=0.0)),
-            dict()
+                 reconstruction=dict(input_mix=0.0, scale_lr=0.0, weight_scale_lr=0.0)),
+            # of a step: rates that a config has for a level are of other methods
+            dict(reconstruction=dict(scale_lr=0.0, weight_scale_lr=0.0))
         ]),
-    reconstruction=dict(
-        loss='mse', scale_lr=0.0, weight_scale_lr=0.0, input_mix=1.0, keep_prob=1.0),
+    reconstruction=dict(loss='mse', input_mix=1.0, keep_prob=1.0),
     head_reconstruction=dict(input_mix=1.0, keep_prob=1.0))

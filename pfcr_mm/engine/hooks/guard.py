@@ -1,5 +1,6 @@
 """Keeps quantized and float checkpoints apart in any MMEngine runner."""
 from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
 
 from ...errors import UsageError
 from ...models.checkpoint import check_manifest, manifest_of
@@ -18,7 +19,9 @@ class ManifestGuardHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint):
         """Compare the checkpoint's manifest with the model."""
         manifest = manifest_of(checkpoint)
-        quantized_model = hasattr(runner.model, 'quant_config')
+        # a distributed wrapper forwards no attributes
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        quantized_model = hasattr(model, 'quant_config')
         if getattr(runner, '_wants', 'quantized') == 'float':
             return  # quantize() looks for itself
         if manifest is not None and not quantized_model:
@@ -30,4 +33,4 @@ class ManifestGuardHook(Hook):
                 'the checkpoint holds float weights and the model is quantized: quantize it '
                 'first with tools/quant.py')
         if manifest is not None:
-            check_manifest(runner.model, manifest)
+            check_manifest(model, manifest)
