@@ -14,6 +14,7 @@ test_pipeline = [
 ]
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
+randomness = dict(seed=0)
 
 # two windowed blocks and a global one are a group, two groups a double
 quantize_cfg = dict(

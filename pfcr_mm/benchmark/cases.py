@@ -17,7 +17,7 @@ from ..registry import CHAINS
 
 IMAGES = 16  # that a unit is reconstructed from, generated
 
-# Backbones: the demo's own, and Swin-T and ViT-T at the size of a classifier's images.
+# Backbones: the demo's own, and Swin-T and ViT-S at the size of a classifier's images.
 SIZES = dict(
     demo=dict(side=128, batch=8, swin=dict(embed_dims=32, depths=[2, 2, 4, 2],
                                            num_heads=[2, 4, 8, 8]),
