@@ -134,6 +134,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         """
         self.look_back()
         self.prepare()
+        for split in ('test', 'val') if self.evaluations['val'] else ('test', ):
+            refuse_shared_images(self.images, test_loop(self.runner, split).dataloader.dataset)
         if not self.begin():
             return self.metrics
         self.runner.call_hook('before_quantize')
@@ -192,8 +194,6 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note, self.cache)
-        for split in ('test', 'val') if self.evaluations['val'] else ('test', ):
-            refuse_shared_images(images, test_loop(self.runner, split).dataloader.dataset)
         self.count(parallel.whole(parallel.Shard(
             (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
         self.images = with_views(

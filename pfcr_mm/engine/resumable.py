@@ -25,7 +25,7 @@ from .resume import (
     random_state,
     set_random_state,
 )
-from .shared_calibrations import SharedCalibrations
+from .shared_calibrations import CODE, SharedCalibrations
 
 
 class Resumable:
@@ -123,8 +123,8 @@ class Resumable:
             before = state['environment'].get(key)
             same = key == 'processes' and self.images_at_once == 1
             if before != value and not same:
-                self.note(f'resumed with {key} {value} after {before}: the result may differ in '
-                          'its last bits from that of a run in one piece')
+                self.note(f'resumed with {key} {value} after {before}: the result may differ '
+                          'from that of a run in one piece, if only in its last bits')
 
     def take_calibration(self):
         """Go on from where another run was when its calibration was done, if one fits."""
@@ -206,11 +206,11 @@ def _unpack(boxes):
 
 
 def environment():
-    """What the last bits of a result depend on, beside the config."""
+    """What a result, or its last bits, depend on beside the config."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=device,
                 processes=parallel.world_size(),
-                kernels='native' if native.library() else 'PyTorch')
+                kernels='native' if native.library() else 'PyTorch', code=CODE[:12])
 
 
 @cache

@@ -64,7 +64,7 @@ def reconstruction_of(given, of_heads, pos):
         given, of_heads (dict | None): of the config.
         pos (POSConfig): its steps have overrides, which are checked too.
     """
-    found = given or {}, of_heads or {}
+    found = tuple({} if own is None else own for own in (given, of_heads))
     for key, own in zip(('reconstruction', 'head_reconstruction'), found):
         UnitConfig.check(own, f'quantize_cfg.{key}')
     for i, step in enumerate(pos.steps):

@@ -37,8 +37,7 @@ class SharedCalibrations:
 
     def __init__(self, folder, identity, environment, cfg):
         self.identity = {k: v for k, v in identity.items() if not _RECONSTRUCTS.match(k)}
-        key = json.dumps([self.identity, environment, _versions(), _CODE, _imported(cfg)],
-                         sort_keys=True)
+        key = json.dumps([self.identity, environment, _versions(), _imported(cfg)], sort_keys=True)
         self.path = Path(folder) / f'{hashlib.sha256(key.encode()).hexdigest()[:16]}.pth'
 
     def take(self, warn):
@@ -72,7 +71,7 @@ def _hash_of(*paths):
 
 
 # Taken as it is imported: sources may be edited while a run goes on.
-_CODE = _hash_of(_PACKAGE)
+CODE = _hash_of(_PACKAGE)
 
 
 def _versions():

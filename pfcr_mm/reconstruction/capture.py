@@ -226,11 +226,10 @@ def looking_ahead(iterable):
 
 
 def split(entries, held_out):
-    """Entries for learning and for accepting; the last `held_out` are for accepting."""
+    """Entries for learning and for accepting: the last `held_out`, or all where these are all."""
     indices = list(entries)
-    held_out = min(held_out, len(indices) // 4)
     cut = len(indices) - held_out
-    return indices[:cut], indices[cut:] or indices
+    return (indices[:cut], indices[cut:]) if 0 < cut < len(indices) else (indices, indices)
 
 
 def _kind(state):

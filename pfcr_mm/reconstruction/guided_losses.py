@@ -318,6 +318,8 @@ class MixedLoss:
         if set(options) != {'terms'} or not isinstance(terms, (list, tuple)) or not terms:
             raise UsageError(f'{key}: a mixed loss has terms=[dict(type=..., weight=...), ...]')
         for i, term in enumerate(terms):
+            if not isinstance(term, dict):
+                raise UsageError(f'{key}.terms.{i}={term!r} is no dict(type=..., weight=...)')
             term = dict(term)
             weight = term.pop('weight', 1.0)
             if not is_number(weight) or weight < 0:

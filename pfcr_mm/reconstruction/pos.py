@@ -140,6 +140,10 @@ def _check_step(step, key):
     if step['norms'] == 'channel' and step['weights'] == 'quantized':
         raise UsageError(f"{key}: weights are quantized after reparameterisation, norms='tensor'")
     _check_shrink(step['shrink'], f'{key}.shrink')
+    parts = step['parts']
+    if not (isinstance(parts, str) or isinstance(parts, (list, tuple))
+            and all(isinstance(part, str) for part in parts)):
+        raise UsageError(f'{key}.parts={parts!r} is no list of name patterns')
     check_levels(step['levels'] or (), f'{key}.levels')
 
 

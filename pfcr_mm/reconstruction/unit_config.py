@@ -116,6 +116,8 @@ class UnitConfig:
         of_all = {k: v for k, v in given.items() if k != 'per_level'}
         for where, own in ((key, of_all), *((f'{key}.per_level.{level}', own)
                                             for level, own in per_level.items())):
+            if not isinstance(own, dict):
+                raise UsageError(f'{where}={own!r} is no dict')
             check_keys(own, [f.name for f in fields(cls)], where)
             check_loss(own.get('loss', cls.loss), f'{where}.loss')
             try:

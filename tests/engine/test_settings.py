@@ -61,6 +61,8 @@ def test_the_whole_detector_keeps_what_is_not_overridden():
     (settings.cache_memory_of, '4G', "cache_memory_mb='4G' is neither"),
     (lambda given: settings.folder_of(given, 'cache_dir'), 5,
      'cache_dir=5 is neither None nor a path'),
+    (lambda given: settings.reconstruction_of(None, given, settings.pos_of(None)), 0,
+     'quantize_cfg.head_reconstruction=0 is no dict'),
     (settings.evaluate_of, dict(all=True), 'evaluate.all is not a known key'),
     (settings.total_iters_of, 0, 'total_iters=0 is not an integer of 1 or more'),
     (settings.images_at_once_of, 0, 'images_at_once=0 is not an integer of 1 or more'),

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_told_and_replaced(run, tmp_path):
 def test_other_code_or_threads_have_a_file_of_their_own(tmp_path, monkeypatch):
     paths = [SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=n), {}).path
              for n in (1, 1, 2)]
-    monkeypatch.setattr('pfcr_mm.engine.shared_calibrations._CODE', 'another version')
+    monkeypatch.setattr('pfcr_mm.engine.resumable.CODE', 'another version')
     paths.append(SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=1), {}).path)
     assert paths[0] == paths[1] and len(set(paths)) == 3
 

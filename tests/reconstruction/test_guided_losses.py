@@ -237,6 +237,7 @@ def test_a_mixed_loss_weighs_what_each_was_at_first(classifier):
     (dict(type='mixed', terms=[dict(type='hinge')]), r'terms.0=.hinge. is not a known'),
     (dict(type='mixed', terms=[dict(type='mse', weight=-1)]), r'terms.0.weight=-1'),
     (dict(type='mixed', terms=[dict(type='mse', weight=float('nan'))]), r'terms.0.weight=nan'),
+    (dict(type='mixed', terms=['mse']), "terms.0='mse' is no dict"),
     (dict(type='head_kl', temperature=0), 'loss.temperature=0 is not a number above 0'),
     (dict(type='aph', step='x'), "loss.step='x' is not a number above 0"),
 ], ids=str)

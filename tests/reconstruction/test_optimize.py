@@ -381,6 +381,7 @@ def test_per_level_overrides():
      r'^mine\.per_level\.leaf\.early_stop\.every=0 is not'),
     (dict(per_level=dict(leaves={})), r"^mine\.per_level has 'leaves', which is no level"),
     (dict(per_level=3), r'^mine\.per_level=3 is no dict'),
+    (dict(per_level=dict(block=3)), r'^mine\.per_level\.block=3 is no dict'),
     (dict(loss='l1'), r"^mine\.loss='l1' is not a known .*'channel_mse'"),
     (3, '^mine=3 is no dict'),
 ])

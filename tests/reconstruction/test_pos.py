@@ -87,6 +87,7 @@ def test_steps_say_what_other_methods_do():
     (dict(mode='steps', steps=[dict(norms='channel')]), "norms='tensor'"),
     (dict(mode='steps', steps=[{}, dict(norms='channel', weights='float')]),
      "pos.steps.1.norms='channel' comes after"),
+    (dict(mode='steps', steps=[dict(parts=None)]), 'pos.steps.0.parts=None is no list'),
     (dict(mode='steps', steps=[dict(shrink='a')]), "pos.steps.0.shrink='a' is not a number"),
     (dict(mode='steps', steps=[dict(levels=['window'])]), "pos.steps.0.levels has 'window'"),
 ], ids=str)
