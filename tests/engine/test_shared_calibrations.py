@@ -7,6 +7,7 @@ from mmengine.logging import MMLogger
 
 from pfcr_mm.cli import quant_config, quant_main
 from pfcr_mm.engine.loops import PFCRLoop
+from pfcr_mm.engine.resumable import environment
 from pfcr_mm.engine.resume import identity
 from pfcr_mm.engine.shared_calibrations import SharedCalibrations
 from pfcr_mm.errors import FaultError
@@ -128,10 +129,13 @@ def test_a_damaged_file_is_told_and_replaced(run, tmp_path):
 
 
 def test_other_code_or_threads_have_a_file_of_their_own(tmp_path, monkeypatch):
-    paths = [SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=n), {}).path
-             for n in (1, 1, 2)]
+    def path(threads):
+        of_run = dict(environment(), threads=threads)
+        return SharedCalibrations(tmp_path, {'seed': '0'}, of_run, {}).path
+
+    paths = [path(threads) for threads in (1, 1, 2)]
     monkeypatch.setattr('pfcr_mm.engine.resumable.CODE', 'another version')
-    paths.append(SharedCalibrations(tmp_path, {'seed': '0'}, dict(threads=1), {}).path)
+    paths.append(path(1))
     assert paths[0] == paths[1] and len(set(paths)) == 3
 
 
