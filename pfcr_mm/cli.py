@@ -270,10 +270,10 @@ def damage_told(cfg):
     try:
         yield
     except json.JSONDecodeError:
-        from .engine.data import annotation_file, calibration_dataset_cfg
+        from .engine.data import annotation_file, innermost
         datasets = [cfg.test_dataloader.dataset]
         if cfg.get('train_dataloader') is not None:
-            datasets.append(calibration_dataset_cfg(cfg))
+            datasets.append(innermost(cfg.train_dataloader.dataset))
         for dataset in datasets:
             path = annotation_file(dataset)
             try:

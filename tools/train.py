@@ -6,8 +6,8 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from pfcr_mm.errors import UsageError  # importing the package registers its scope
-from pfcr_mm.models.safety import only_weights
+from pfcr_mm.cli import safe_loading  # importing the package registers its scope
+from pfcr_mm.errors import UsageError
 
 
 def main():
@@ -21,11 +21,13 @@ def main():
 
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
     cfg.work_dir = args.work_dir or cfg.get('work_dir', './work_dirs/train')
     # -100 masks give denormal attention weights, which slow a CPU down
     torch.set_flush_denormal(True)
     try:
-        with only_weights(args.trust_checkpoint or bool(cfg.get('trust_checkpoint', False))):
+        with safe_loading(cfg):
             Runner.from_cfg(cfg).train()
     except UsageError as error:
         print(f'train.py: error: {error}', file=sys.stderr)

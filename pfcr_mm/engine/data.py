@@ -107,12 +107,7 @@ def calibration_dataset_cfg(cfg):
     """The training dataset with the test pipeline and without ground-truth filters."""
     if cfg.get('train_dataloader') is None:
         raise UsageError('the config has no train_dataloader, which calibration images come from')
-    train = cfg.train_dataloader.dataset
-    while 'dataset' in train:  # RepeatDataset, MultiImageMixDataset, ...
-        train = train.dataset
-    test = cfg.test_dataloader.dataset
-    while 'dataset' in test:
-        test = test.dataset
+    train, test = (innermost(cfg[key].dataset) for key in ('train_dataloader', 'test_dataloader'))
     for key, found in (('train', train), ('test', test)):
         if 'datasets' in found:
             raise UsageError(
@@ -125,14 +120,19 @@ def calibration_dataset_cfg(cfg):
     return train
 
 
+def innermost(dataset_cfg):
+    """The config inside RepeatDataset, MultiImageMixDataset and their like."""
+    while 'dataset' in dataset_cfg:
+        dataset_cfg = dataset_cfg.dataset
+    return dataset_cfg
+
+
 def nominal_size(cfg):
     """(H, W) of the largest landscape input that the test pipeline makes, padding included.
 
     From the config alone: what `Resize` and `Pad` say, else 800 x 1333.
     """
-    test = cfg.test_dataloader.dataset
-    while 'dataset' in test:
-        test = test.dataset
+    test = innermost(cfg.test_dataloader.dataset)
     width, height = 1333, 800
     for step in test.get('pipeline', ()):
         kind = str(step.get('type')).rpartition('.')[2]

@@ -134,8 +134,10 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         """
         self.look_back()
         self.prepare()
-        for split in ('test', 'val') if self.evaluations['val'] else ('test', ):
-            refuse_shared_images(self.images, test_loop(self.runner, split).dataloader.dataset)
+        splits = ('test', 'val') if self.evaluations['val'] else ('test', )
+        self.test_loops = {split: test_loop(self.runner, split) for split in splits}
+        for loop in self.test_loops.values():
+            refuse_shared_images(self.images, loop.dataloader.dataset)
         if not self.begin():
             return self.metrics
         self.runner.call_hook('before_quantize')
@@ -261,9 +263,10 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
     def measure(self, state, model):
         """Test `model`; what counts goes to metrics[state], and of val to val_metrics[state]."""
         with self._phase(f'evaluate {state}'):
-            self.metrics[state], self.all_metrics[state] = measure(self.runner, model)
+            self.metrics[state], self.all_metrics[state] = measure(
+                self.runner, model, self.test_loops['test'])
             if self.evaluations['val']:
-                self.val_metrics[state], _ = measure(self.runner, model, 'val')
+                self.val_metrics[state], _ = measure(self.runner, model, self.test_loops['val'])
 
     # --- helpers -------------------------------------------------------------
 

@@ -10,13 +10,13 @@ from .metrics import counted
 from .per_class import per_class
 
 
-def measure(runner, model, split='test'):
-    """Test `model` on a split of a runner's config.
+def measure(runner, model, loop):
+    """Test `model`.
 
     Args:
         runner (QuantRunner): its own model is put back afterwards.
         model (nn.Module): what is measured.
-        split (str): 'test' or 'val': whose dataloader and evaluator.
+        loop (TestLoop): of the runner, see `test_loop`.
 
     Returns:
         tuple[dict, dict]: what counts, and all there is, AP by class included.
@@ -26,7 +26,6 @@ def measure(runner, model, split='test'):
     """
     current, runner.model = runner.model, model
     try:
-        loop = test_loop(runner, split)
         with redirect_stdout(io.StringIO()):  # pycocotools prints its tables
             with per_class() as classes:
                 result = loop.run()

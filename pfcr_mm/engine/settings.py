@@ -63,6 +63,9 @@ def reconstruction_of(given, of_heads, pos):
     Args:
         given, of_heads (dict | None): of the config.
         pos (POSConfig): its steps have overrides, which are checked too.
+
+    Returns:
+        tuple[dict, dict]: layers of `UnitConfig.build`; the second is of neck and heads.
     """
     found = tuple({} if own is None else own for own in (given, of_heads))
     for key, own in zip(('reconstruction', 'head_reconstruction'), found):

@@ -118,7 +118,7 @@ def shift_mask(height, width, size, shift, device):
 @CONVERTERS.register(f'{_SWIN}.ShiftWindowMSA')
 def convert_shift_window_msa(module, name, quant):
     """Give a ShiftWindowMSA its quantized forward, in place."""
-    if _is_plain(module, ShiftWindowMSA) and _is_plain(module.w_msa, WindowMSA):
+    if CONVERTERS.same_forward(module) and CONVERTERS.same_forward(module.w_msa):
         module.__class__ = QuantShiftWindowMSA
         module.register_buffer('pad_value', torch.zeros(module.w_msa.embed_dims))
     return []
@@ -127,15 +127,10 @@ def convert_shift_window_msa(module, name, quant):
 @CONVERTERS.register(f'{_SWIN}.WindowMSA')
 def convert_window_msa(module, name, quant):
     """Give a WindowMSA its quantized matmuls, in place; census records of both."""
-    if not _is_plain(module, WindowMSA):
+    if not CONVERTERS.same_forward(module):
         return skipped_matmuls(module, name)
     module.__class__ = QuantWindowMSA
     return quantize_matmuls(module, name, quant)
-
-
-def _is_plain(module, cls):
-    """Whether a module computes what its mmdet class does."""
-    return type(module).forward is cls.forward
 
 
 @POST_NORM.register(f'{_SWIN}.SwinBlock')

@@ -39,8 +39,6 @@ def block_pairs(block):
     A norm whose output goes anywhere else than into that linear is left alone.
     """
     pairs = []
-    if type(block).forward is not Block.forward:
-        return pairs
     attention = block.attn
     if _foldable(block.norm1) and isinstance(attention, MatmulAttention) \
             and attention.gate is None:

@@ -226,7 +226,10 @@ def looking_ahead(iterable):
 
 
 def split(entries, held_out):
-    """Entries for learning and for accepting: the last `held_out`, or all where these are all."""
+    """Entries for learning and for accepting.
+
+    The last `held_out` are for accepting; where that leaves none for one of both, all are for both.
+    """
     indices = list(entries)
     cut = len(indices) - held_out
     return (indices[:cut], indices[cut:]) if 0 < cut < len(indices) else (indices, indices)

@@ -13,12 +13,12 @@ from .guided_losses import OrOther
 class DetectionsLoss(OrOther):
     """Distance of a whole detector's predictions from the float ones, another loss elsewhere.
 
-    Terms, added up: divergence (KL) of the RPN's objectness,
-    of the box heads' classes and of the masks' pixels; difference (L1) of box deltas, of the RPN
-    and of the box heads. Objectness counts at all anchors, classes in all boxes; deltas by the
-    float probability of the object or class they belong to, masks by that of their class. Each
-    term is a sum over an image, divided by the mean over images of what it counts by: scores of
-    the RPN's anchors, boxes, probabilities of classes in these.
+    Terms, added up: divergence (KL) of the RPN's objectness, of the box heads' classes and of the
+    masks' pixels; difference (L1) of box deltas, of the RPN and of the box heads. Objectness
+    counts at all anchors, classes in all boxes; deltas by the float probability of the object or
+    class they belong to, masks by that of their class. Each term is a sum over an image, divided
+    by the mean over images of what it counts by: scores of the RPN's anchors, boxes,
+    probabilities of classes in these.
 
     Args:
         other (str | dict): loss of all other units.

@@ -57,11 +57,10 @@ class _Guided:
     @classmethod
     def check(cls, options, key):
         """Raise UsageError for an unknown option, or a bad number."""
-        known = list(inspect.signature(cls.__init__).parameters.values())[4:]
-        check_keys(options, [parameter.name for parameter in known], key)
-        for name in (p.name for p in known if isinstance(p.default, float)):
-            value = options.get(name, 1.0)
-            if not (is_number(value) and value > 0):
+        known = dict(list(inspect.signature(cls.__init__).parameters.items())[4:])
+        check_keys(options, list(known), key)
+        for name, value in options.items():
+            if isinstance(known[name].default, float) and not (is_number(value) and value > 0):
                 raise UsageError(f'{key}.{name}={value!r} is not a number above 0')
         if 'other' in options:
             check_loss(options['other'], f'{key}.other')

@@ -61,9 +61,8 @@ class PartStreams:
     def _boxes_of_heads(self, heads):
         """Float streams into heads; boxes are found on the way where they are not known."""
         _, teacher = self.models
-        rois_wanted = {part for part in heads if part.startswith('roi_head.')}
-        if not rois_wanted <= set(self.boxes or ()):  # an earlier stage had fewer heads
-            self.boxes = None
+        if not self._knows_boxes_of(part for part in heads if part.startswith('roi_head.')):
+            self.boxes = None  # an earlier stage had fewer heads, or none
         boxes_of = self._known if self.boxes is not None else partial(
             roi.boxes_of, teacher, seed=self.seed, **self.rois)
         # image by image, so that boxes are the same for any number of processes
@@ -74,6 +73,9 @@ class PartStreams:
                           for part, found in boxes.items()}
         return floating
 
+    def _knows_boxes_of(self, heads):
+        return set(heads) <= set(self.boxes or ())
+
     def _known(self, maps, samples, number):
         return {part: found[number] for part, found in self.boxes.items()}
 
@@ -81,7 +83,7 @@ class PartStreams:
         """Images, each with the boxes that the RoI heads are to see."""
         _, teacher = self.models
         heads = roi_parts(teacher)
-        if not set(heads) <= set(self.boxes or ()):  # not all of them were reconstructed
+        if not self._knows_boxes_of(heads):  # not all of them were reconstructed
             self._boxes_of_heads(heads)
         boxes = ({part: self.boxes[part][number] for part in heads}
                  for number in self.images.numbers)

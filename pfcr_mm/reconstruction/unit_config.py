@@ -98,9 +98,12 @@ class UnitConfig:
         """
         of_all = [{k: v for k, v in layer.items() if k != 'per_level'} for layer in layers]
         of_level = [layer.get('per_level', {}).get(level, {}) for layer in layers]
+        if level == WHOLE:
+            order = [*of_all, _WHOLE, *of_level]
+        else:
+            order = itertools.chain(*zip(of_all, of_level))
         merged = {}
-        for own in ([*of_all, _WHOLE, *of_level] if level == WHOLE
-                    else itertools.chain(*zip(of_all, of_level))):
+        for own in order:
             merged.update(own)
         return cls(**merged)
 
