@@ -81,12 +81,13 @@ def _without_truth(sample):
     return sample
 
 
-def refuse_shared_images(images, dataset):
+def refuse_shared_images(images, dataset, split):
     """Raise UsageError where an image that calibrates would also be evaluated on.
 
     Args:
         images (Images): from `calibration_images`.
         dataset (Dataset): what is about to be evaluated on.
+        split (str): its name, 'test' or 'val'.
     """
     used = {_real(sample.metainfo.get('img_path')) for samples in images.samples
             for sample in samples}
@@ -94,8 +95,8 @@ def refuse_shared_images(images, dataset):
         path = dataset.get_data_info(index).get('img_path')
         if path and _real(path) in used:
             raise UsageError(
-                f'image {path} is both in the calibration set and in the test set: figures would '
-                'be too good; calibrate on other images')
+                f'image {path} is both in the calibration set and in the {split} set: figures '
+                'would be too good; calibrate on other images')
 
 
 def _real(path):

@@ -136,8 +136,8 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
         self.prepare()
         splits = ('test', 'val') if self.evaluations['val'] else ('test', )
         self.test_loops = {split: test_loop(self.runner, split) for split in splits}
-        for loop in self.test_loops.values():
-            refuse_shared_images(self.images, loop.dataloader.dataset)
+        for split, loop in self.test_loops.items():
+            refuse_shared_images(self.images, loop.dataloader.dataset, split)
         if not self.begin():
             return self.metrics
         self.runner.call_hook('before_quantize')

@@ -50,9 +50,10 @@ def test_an_image_is_the_same_whatever_way_leads_there(path, tmp_path, monkeypat
     (tmp_path / 'link').symlink_to('val')
     calibrated_on = SimpleNamespace(
         samples=[[SimpleNamespace(metainfo=dict(img_path='val/1.jpg'))]])
-    refuse_shared_images(calibrated_on, Paths(['val/2.jpg', 's3://val/1.jpg']))
+    refuse_shared_images(calibrated_on, Paths(['val/2.jpg', 's3://val/1.jpg']), 'test')
     with pytest.raises(UsageError, match='1.jpg is both in the calibration set and in the test'):
-        refuse_shared_images(calibrated_on, Paths(['val/2.jpg', path.format(here=tmp_path)]))
+        refuse_shared_images(
+            calibrated_on, Paths(['val/2.jpg', path.format(here=tmp_path)]), 'test')
 
 
 @pytest.mark.parametrize('split', ['train', 'test'])

@@ -120,6 +120,21 @@ def test_a_leak_is_refused(run, tmp_path, capsys):
             '.JPEG is both in the calibration set and in the test set')
 
 
+def test_a_leak_into_val_is_refused_before_anything_is_computed(run, tmp_path, capsys):
+    config = tmp_path / 'with_val.py'
+    config.write_text(
+        f'_base_ = {str(W4A4)!r}\n'
+        'val_dataloader = {{_base_.train_dataloader}}\n'
+        'val_evaluator = {{_base_.test_evaluator}}\n'
+        "val_cfg = dict(type='ValLoop')\n")
+    given = (*run[2], f'val_dataloader.dataset.data_root={run[0].parent / "images"}',
+             f'val_dataloader.dataset.num_classes={CLASSES}',
+             f'val_dataloader.dataset.draw.count={COUNT}', 'quantize_cfg.evaluate.val=True')
+    refused(demo_runs.arguments(config, run[1], tmp_path / 'run', given), capsys,
+            '.JPEG is both in the calibration set and in the val set')
+    assert not list((tmp_path / 'run').glob('calibrated.pth'))
+
+
 @pytest.mark.parametrize('option, word', [
     ('model.model_name=resnet50', "'resnet50' is no plain transformer"),
     ('model.num_classes=7', 'head'),
