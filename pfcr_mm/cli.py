@@ -244,7 +244,7 @@ def build_runner(cfg):
             raise
         lines = str(error).strip().splitlines() or ['no message']
         raise UsageError(
-            f'the config makes no detector: {type(error).__name__}: {lines[0][:300]}') from error
+            f'the config cannot be built: {type(error).__name__}: {lines[0][:300]}') from error
 
 
 def _check_data(cfg, calibrates):
