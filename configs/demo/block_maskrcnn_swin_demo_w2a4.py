@@ -1,7 +1,7 @@
 """Block-only reconstruction of the demo detector, W2A4: what PFCR is compared with.
 
 Blocks, and the leaves outside of blocks; no POS. As many iterations in all as
-pfcr_maskrcnn_swin_demo_w2a4.py has (14 x 222 against 3110 in the backbone).
+pfcr_maskrcnn_swin_demo_w2a4.py has (14 x 204 against 2860 in the backbone).
 """
 _base_ = '../_base_/demo.py'
 
@@ -9,5 +9,5 @@ method = 'blocks only'
 model = dict(quant=dict(weight_bits=2, activation_bits=4))
 quantize_cfg = dict(
     levels=['block'], pos=dict(mode='off'),
-    reconstruction=dict(iters=222, per_level=dict(leaf=dict(iters=222))))
+    reconstruction=dict(iters=204, per_level=dict(leaf=dict(iters=204))))
 work_dir = 'work_dirs/demo_block_w2a4'
