@@ -207,10 +207,12 @@ def _unpack(boxes):
 
 def environment():
     """What a result, or its last bits, depend on beside the config."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    if torch.cuda.is_available():
+        device, kernels = torch.cuda.get_device_name(), 'Triton' if native.on_gpu() else 'PyTorch'
+    else:
+        device, kernels = _processor(), 'native' if native.library() else 'PyTorch'
     return dict(torch=str(torch.__version__), threads=torch.get_num_threads(), device=device,
-                processes=parallel.world_size(),
-                kernels='native' if native.library() else 'PyTorch', code=CODE[:12])
+                processes=parallel.world_size(), kernels=kernels, code=CODE[:12])
 
 
 @cache

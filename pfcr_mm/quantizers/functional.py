@@ -111,8 +111,10 @@ class LogFakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, scale, bits, steps_per_octave, zero_below, shift=0.0, keep=None):
-        steps = torch.as_tensor(steps_per_octave).to(scale).expand_as(scale)
-        known = None if torch.is_tensor(steps_per_octave) else steps_per_octave
+        if torch.is_tensor(steps_per_octave):
+            known, steps = None, steps_per_octave.to(scale).expand_as(scale)
+        else:
+            known, steps = steps_per_octave, torch.full_like(scale, steps_per_octave)
         values = kernels.log_values(x, scale, steps, bits, zero_below, shift, known, keep)
         ctx.save_for_backward(x, scale, steps, values, keep)
         ctx.last, ctx.shift = 2**bits - 1 - zero_below, shift

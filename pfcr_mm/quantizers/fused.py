@@ -43,7 +43,8 @@ class _Fused:
 
     @staticmethod
     def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
-        found = _values(_log_values, x, scale, steps, 2**bits - 1, zero_below, shift)
+        last = 2**bits - 1
+        found = _values(_log_values, x, scale, steps, zero_below - last, last, zero_below, shift)
         return mixed(x, found, keep)
 
     @staticmethod
@@ -111,9 +112,9 @@ def _uniform_gradients(grad, x, values, scale, zero_point, low, high, of_scale=T
     return grad_x, (grad * values - grad_x * x).sum_to_size(scale.shape) / scale
 
 
-def _log_values(x, scale, steps, last, zero_below, shift):
+def _log_values(x, scale, steps, least, last, zero_below, shift):
     power = ((x + shift) / scale).clamp(0.0, 1.0).log2() * steps
-    codes = power.round().clamp(zero_below - last, 0)
+    codes = power.round().clamp(least, 0)
     values = (codes / steps).exp2() * scale
     if zero_below:
         values = torch.where(power <= -last, 0.0, values)

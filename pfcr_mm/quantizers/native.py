@@ -1,8 +1,8 @@
 """Values and gradients of quantizers in one pass each, by `native.c`, for float tensors on a CPU.
 
-The same functions as in `eager.py`, which takes tensors of other types and on other devices, and
-all of them where the library was not built. Uniform values are equal; a logarithm within 1e-7 of
-the border of two codes may be rounded the other way.
+The same functions as in `eager.py`, which takes tensors of other types, and all of them where the
+library was not built; those on a GPU go to `triton_kernels.py`. Uniform values are equal; a
+logarithm within 1e-7 of the border of two codes may be rounded the other way.
 """
 import ctypes
 import functools
@@ -49,7 +49,7 @@ def library():
 
 def uniform_values(x, scale, zero_point, low, high, keep=None):
     if not _takes(x, keep, scale, zero_point):
-        return eager.uniform_values(x, scale, zero_point, low, high, keep)
+        return _others(x).uniform_values(x, scale, zero_point, low, high, keep)
     values = dense_like(x)
     _Rows(values, scale, x, keep).run(
         library().pfcr_uniform_values, [values], [scale, zero_point], [low, high])
@@ -59,7 +59,7 @@ def uniform_values(x, scale, zero_point, low, high, keep=None):
 def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, of_x=True,
                       of_scale=True):
     if not _takes(x, keep, scale, zero_point):
-        return eager.uniform_gradients(
+        return _others(x).uniform_gradients(
             grad, x, values, scale, zero_point, low, high, keep, of_x, of_scale)
     grad_x = torch.empty_like(values) if of_x else None
     total = _Rows(values, scale, grad, x, keep).run(
@@ -69,7 +69,7 @@ def uniform_gradients(grad, x, values, scale, zero_point, low, high, keep=None, 
 
 def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
     if not _takes(x, keep, scale, steps):
-        return eager.log_values(x, scale, steps, bits, zero_below, shift, known, keep)
+        return _others(x).log_values(x, scale, steps, bits, zero_below, shift, known, keep)
     values = dense_like(x)
     last, scales, steps = 2**bits - 1, scale.unsqueeze(-1), steps.unsqueeze(-1)
     codes = torch.arange(last + 1.0)
@@ -85,7 +85,7 @@ def log_values(x, scale, steps, bits, zero_below, shift, known=None, keep=None):
 
 def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=True, of_scale=True):
     if not _takes(x, keep, scale, steps):
-        return eager.log_gradients(
+        return _others(x).log_gradients(
             grad, x, values, scale, steps, last, shift, keep, of_x, of_scale)
     grad_x = torch.empty_like(values) if of_x else None
     # a little beyond both ends, which themselves are inside
@@ -93,6 +93,21 @@ def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=Tr
     total = _Rows(values, scale, grad, x, keep).run(
         library().pfcr_log_gradients, [values, grad_x], ends, [shift], summed=True)
     return grad_x, _of_scale(total, scale, of_scale)
+
+
+def _others(x):
+    """The module for what this one does not do."""
+    return (on_gpu() or eager) if x.is_cuda else eager
+
+
+@functools.cache
+def on_gpu():
+    """Kernels for a GPU, or None where there is no Triton."""
+    try:
+        from . import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
 
 
 def _takes(x, keep, scale, *others):

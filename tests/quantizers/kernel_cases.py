@@ -36,5 +36,5 @@ CASES = dict(
 def values_and_gradients(function, x, scale, *rest):
     x, scale = x.detach().requires_grad_(), scale.clone().requires_grad_()
     values = function(x, scale, *rest)
-    values.backward(normal(*values.shape))
+    values.backward(normal(*values.shape).to(values.device))
     return values.detach(), x.grad, scale.grad
