@@ -122,10 +122,11 @@ class QuantRunner(Runner):
 
     def setup_env(self, env_cfg):
         """Stock set-up in a group of ours; masked attention gives denormal numbers, which
-        slow a CPU down."""
+        slow a CPU down, and a GPU is to compute convolutions as it does products, in float32."""
         parallel.start(self._launcher, type(self).__name__)
         super().setup_env(env_cfg)
         torch.set_flush_denormal(True)
+        torch.backends.cudnn.allow_tf32 = False
 
     def wrap_model(self, model_wrapper_cfg, model):
         """Move to the device; reconstruction needs no wrapper around the model."""

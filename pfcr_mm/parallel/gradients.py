@@ -46,9 +46,12 @@ class GradientSum:
             return self.loss
         self._take()
         self._open()
-        given = torch.tensor(self.given).to(self.loss)
-        sum_in_place([self.loss, given, *self.sums])
-        for parameter, found, count in zip(self.parameters, self.sums, given.tolist()):
+        given = self.given
+        if world_size() > 1:
+            counts = torch.tensor(given).to(self.loss)
+            sum_in_place([self.loss, counts, *self.sums])
+            given = counts.tolist()
+        for parameter, found, count in zip(self.parameters, self.sums, given):
             parameter.grad = found.to(parameter.dtype) if count else None
         return self.loss
 

@@ -57,7 +57,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def set_scale(self, scale, zero_point=None):
         """Take scales (and zero points) of shape (size,); marks the quantizer calibrated."""
-        if not torch.isfinite(scale).all() or (scale <= 0).any():
+        if not (torch.isfinite(scale) & (scale > 0)).all():
             raise ValueError('scales must be positive and finite')
         self.log_scale.copy_(scale.log())
         self.zero_point.copy_(torch.zeros_like(scale) if zero_point is None else zero_point)

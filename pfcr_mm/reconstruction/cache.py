@@ -69,11 +69,11 @@ class Shelf:
             UsageError: a number is beyond float16.
             FaultError: the disk is full.
         """
-        tensors = tuple(_dense(t.detach().to('cpu', self.dtype or t.dtype))
-                        for t in state.tensors)
+        tensors = [t.detach().to(self.dtype or t.dtype) for t in state.tensors]
         if self.dtype == torch.float16 and any(torch.isinf(t).any() for t in tensors):
             raise UsageError(
                 "quantize_cfg.cache_dtype='float16' overflows here; use 'bfloat16' or None")
+        tensors = tuple(_dense(t.cpu()) for t in tensors)
         size = sum(t.nbytes for t in tensors)
         if size > 0 and self.cache.held + size > self.cache.limit:
             return Kept(self, tensors, state.meta, self._write(tensors))

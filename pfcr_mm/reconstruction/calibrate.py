@@ -243,7 +243,14 @@ def _start_input(quantizer, reservoir, method):
         samples = reservoir.rows[::step].reshape(1, -1)
     else:
         samples = reservoir.rows.t()
-    quantizer.calibrate(samples, method, (reservoir.low, reservoir.high))
+    _start(quantizer, samples, reservoir, method)
+
+
+def _start(quantizer, samples, reservoir, method):
+    """Search from samples (size, n), on the quantizer's device."""
+    samples, *extremes = (
+        t.to(quantizer.log_scale.device) for t in (samples, reservoir.low, reservoir.high))
+    quantizer.calibrate(samples, method, tuple(extremes))
 
 
 def _refine(layer, rows, activations, again):
@@ -275,5 +282,5 @@ def _calibrate_operands(model, seen, method):
         if reservoir.rows is None or len(reservoir.rows) == 0:
             unreached.append(name)
             continue
-        quantizer.calibrate(reservoir.rows.t(), method, (reservoir.low, reservoir.high))
+        _start(quantizer, reservoir.rows.t(), reservoir, method)
     return unreached

@@ -12,6 +12,7 @@ from ..models.chain import State
 from ..modules import weights_once
 from .cache import FeatureCache
 from .faults import BatchLimit
+from .feed import collate, looking_ahead, made_ahead
 
 _AT_ONCE = 8
 
@@ -43,9 +44,14 @@ class Stream:
         chosen = range(len(self)) if chosen is None else set(chosen)
         buckets = ([i for i in bucket if i in chosen] for bucket in self.buckets())
         parts = (bucket[k:k + size] for bucket in buckets for k in range(0, len(bucket), size))
-        for indices, following in looking_ahead(parts):
+
+        def make(item):
+            indices, following = item
             self.ahead(following or ())
-            yield indices, self.batch(indices, device)
+            state = self.batch(indices, device)
+            return (indices, state), state.tensors
+
+        yield from made_ahead(make, looking_ahead(parts), torch.device(device))
 
     def ahead(self, indices):
         """These states will be looked at soon."""
@@ -208,21 +214,6 @@ def in_batches(stream, run, modules, where, device, at_once=None):
 
 def _log(line):
     print_log(line, 'current', logging.WARNING)
-
-
-def collate(entries, device):
-    """Tuples of tensors, one an image, as one tuple of batches in float32."""
-    return tuple(torch.cat(parts).to(device, torch.float32) for parts in zip(*entries))
-
-
-def looking_ahead(iterable):
-    """Yield (item, the one after it), None after the last."""
-    iterator = iter(iterable)
-    item = next(iterator, None)
-    while item is not None:
-        following = next(iterator, None)
-        yield item, following
-        item = following
 
 
 def split(entries, held_out):

@@ -28,7 +28,7 @@ class DetectionsLoss(OrOther):
         self.kinds = context.view.chain.kinds
         self.other = None if self.kinds else build_loss(other, targets, channel_axis, context)
         if self.kinds:
-            self.amounts = self._amounts(targets)
+            self.amounts = self._amounts(targets, context.device)
 
     def __call__(self, outputs, targets):
         if self.other is not None:
@@ -38,9 +38,9 @@ class DetectionsLoss(OrOther):
             total = total + distance / amount
         return total / len(targets[0])
 
-    def _amounts(self, targets):
+    def _amounts(self, targets, device):
         """By term: how much of what it is about is in an image, over all processes."""
-        entries = (tuple(t.float() for t in targets[i]) for i in range(len(targets)))
+        entries = (tuple(t.to(device).float() for t in targets[i]) for i in range(len(targets)))
         own = [[amount for _, amount in self._terms(entry, entry)] for entry in entries]
         images = parallel.total(len(own))
         sums = [torch.stack(column).double().sum().item() for column in zip(*own)]

@@ -93,7 +93,8 @@ class BatchLimit:
 def is_out_of_memory(error):
     """Whether an exception says that memory ran out, on a GPU or on the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        isinstance(error, RuntimeError) and any(words in str(error) for words in (
+            "can't allocate memory", 'CUBLAS_STATUS_ALLOC_FAILED', 'CUDNN_STATUS_ALLOC_FAILED')))
 
 
 def split_batch(state, target, sizes, limit):

@@ -5,8 +5,9 @@ import math
 import torch
 
 from .. import parallel
-from .capture import collate, split
+from .capture import split
 from .faults import BatchLimit
+from .feed import collate
 
 _LEAST = 1e-12
 

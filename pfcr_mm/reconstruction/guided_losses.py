@@ -159,15 +159,17 @@ class LayersLoss(_Guided):
         parts = context.view.parts([UNIT, LAYERS])
         self.part = parts[UNIT if context.view.unit.layer else LAYERS]
         self.axis, self.temperature = channel_axis, temperature
-        spreads = zip(*([x.float().std() for x in t[self.part]] for t in targets))
+        spreads = zip(*([x.to(context.device).float().std().cpu() for x in t[self.part]]
+                        for t in targets))
         images = parallel.total(len(targets))
         self.spread = [(total / images).clamp(min=1e-6) for total in _summed(
             torch.stack(layer).double().sum() for layer in spreads)]
 
     def __call__(self, outputs, targets):
         losses = []
-        for output, target, spread in zip(outputs[self.part], targets[self.part], self.spread):
-            scale = self.temperature * spread.to(output)
+        for k, (output, target) in enumerate(zip(outputs[self.part], targets[self.part])):
+            self.spread[k] = self.spread[k].to(output)  # once
+            scale = self.temperature * self.spread[k]
             rows, wanted = (x.movedim(self.axis, -1).flatten(0, -2) / scale
                             for x in (output, target))
             losses.append(head_kl(rows, wanted))

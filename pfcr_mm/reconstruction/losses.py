@@ -17,6 +17,7 @@ class MSELoss:
         targets (Sequence[tuple[Tensor]]): the unit's targets, one tuple an entry.
         channel_axis (int): axis of the channels.
         prefix_tokens (int): class tokens, first along axis 1 of (B, N, C).
+        device (torch.device): where to look at the targets.
     """
 
     prefix_share = 0.25
@@ -28,29 +29,31 @@ class MSELoss:
     @classmethod
     def from_context(cls, targets, channel_axis, context, options):
         """The loss of a unit; the context's view knows of class tokens."""
-        return cls(targets, channel_axis, context.view.prefix_tokens if context else 0, **options)
+        own = (context.view.prefix_tokens, context.device) if context else ()
+        return cls(targets, channel_axis, *own, **options)
 
-    def __init__(self, targets, channel_axis, prefix_tokens=0):
+    def __init__(self, targets, channel_axis, prefix_tokens=0, device='cpu'):
         self.channel_axis, self.prefix_tokens = channel_axis, prefix_tokens
         outputs = max(parallel.gather(len(targets[0]) if targets else 0))
         # one look at each: targets in files are read as they are asked for
-        self.weights = [self._weight(t[k] for t in targets) for k in range(outputs)]
+        self.weights = [self._weight(t[k].to(device) for t in targets) for k in range(outputs)]
 
     def _weight(self, tensors):
         count = energy = 0
         for t in tensors:
             count += t.numel()
             energy = energy + t.float().square().sum().double()
-        count, energy = (parallel.total(own) for own in (count, energy))
+        count, energy = _totals(count, energy)
         return (1.0 / (energy / max(1, count)).clamp(min=1e-12)).float()
 
     def __call__(self, outputs, targets):
         """Mean over the output tensors, each with equal weight."""
         losses = []
-        for output, target, weight in zip(outputs, targets, self.weights):
+        for k, (output, target) in enumerate(zip(outputs, targets)):
+            self.weights[k] = self.weights[k].to(output.device)  # once
             if output.numel():
                 losses.append(self._mean(
-                    (output - target).square() * self._spread(weight, output)))
+                    (output - target).square() * self._spread(self.weights[k], output)))
         return torch.stack(losses).mean()
 
     def _mean(self, error):
@@ -60,7 +63,7 @@ class MSELoss:
         return share * error[:, :count].mean() + (1 - share) * error[:, count:].mean()
 
     def _spread(self, weight, x):
-        return weight.to(x.device)
+        return weight
 
 
 @RECONSTRUCTION_LOSSES.register_module(name='channel_mse')
@@ -81,7 +84,7 @@ class ChannelMSELoss(MSELoss):
             count += rows.shape[1]
             total = total + rows.sum(1)
             square = square + rows.square().sum(1)
-        count, total, square = (parallel.total(own) for own in (count, total, square))
+        count, total, square = _totals(count, total, square)
         variance = (square - total**2 / max(1, count)) / max(1, count)
         variance = variance.clamp(min=0)
         variance = torch.maximum(variance, self.floor * variance.mean()).clamp(min=1e-12)
@@ -90,4 +93,9 @@ class ChannelMSELoss(MSELoss):
     def _spread(self, weight, x):
         shape = [1] * x.dim()
         shape[self.channel_axis] = -1
-        return weight.to(x.device).view(shape)
+        return weight.view(shape)
+
+
+def _totals(*sums):
+    """Over all processes, on the CPU."""
+    return (parallel.total(own.cpu() if torch.is_tensor(own) else own) for own in sums)

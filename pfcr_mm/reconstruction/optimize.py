@@ -2,7 +2,7 @@
 import itertools
 import math
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,9 +12,10 @@ from .. import parallel
 from ..modules import weights_once
 from ..quantizers.blocks import mixed
 from .build_loss import build_loss, check_shareable
-from .capture import collate, looking_ahead, split
+from .capture import split
 from .early_stop import EarlyStop, Plateau
 from .faults import ALL_FINITE, BatchLimit, Faults, NotFinite, find_nonfinite, split_batch
+from .feed import collate, looking_ahead, made_ahead
 from .learned_parameters import LearnedParameters
 from .noise import ImageNoise
 
@@ -104,7 +105,8 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
     before = after = evaluate()
     saved = snapshot(modules)
     learned = LearnedParameters(modules, config, learn_weights)
-    noise = ImageNoise(generator.initial_seed())
+    # two, since the next batch may be mixed while one is learned
+    noise, mixing = (ImageNoise(generator.initial_seed()) for _ in range(2))
     buckets = [[i for i in bucket if i in set(learn_on)] for bucket in roll.buckets]
     buckets = [b for b in buckets if b]
     sources = [targets]  # that a step reads, see Batch.collect
@@ -114,22 +116,25 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         sources.append(float_inputs)
     plateau, steps = Plateau(EarlyStop.build(config.early_stop)), 0
     every = 1 if device.type == 'cpu' else 10  # looking at a loss makes a GPU wait
+
+    def collect(item):
+        step, (pick, following) = item
+        mine = held(pick)
+        for source in sources if following else ():
+            source.ahead(held(following))
+        batch = Batch.collect(
+            quantized_inputs, float_inputs, targets, mine, step, noise, mixing, device,
+            config.input_mix, roll.rows_of(pick)) if mine else None
+        return (step, mine, batch), batch.tensors if batch else ()
+
     try:
         check(before, 'loss before learning', held(accept_on)[:1])
-        with _undone_on_error(modules, saved), learned:
-            picks = looking_ahead(_picks(
-                buckets, config.batch_size, config.iters if learned.parameters else 0, generator))
-            for step, (pick, following) in enumerate(picks):
+        picks = enumerate(looking_ahead(_picks(buckets, config, generator)))
+        with _undone_on_error(modules, saved), learned, closing(made_ahead(
+                collect, picks if learned.parameters else (), device)) as batches:
+            for step, mine, batch in batches:
                 progress = step / config.iters
                 learned.set_progress(progress)
-                mine = held(pick)
-                for source in sources if following else ():
-                    source.ahead(held(following))
-                batch = None
-                if mine:
-                    batch = Batch.collect(
-                        quantized_inputs, float_inputs, targets, mine, step, noise, device,
-                        config.input_mix, roll.rows_of(pick))
                 loss = limit.run(partial(
                     learned.backward, chain, unit, batch, loss_of, progress)).settle()
                 if step % every == 0:
@@ -161,12 +166,12 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
         seconds=time.time() - began)
 
 
-def _picks(buckets, size, count, generator):
-    """Yield images of `count` batches, each of one bucket, drawn by their sizes."""
+def _picks(buckets, config, generator):
+    """Yield images of each step's batch, all of one bucket, which are drawn by their sizes."""
     weights = torch.tensor([float(len(b)) for b in buckets])
-    for _ in range(count):
+    for _ in range(config.iters):
         bucket = buckets[torch.multinomial(weights, 1, generator=generator).item()]
-        order = torch.randperm(len(bucket), generator=generator)[:size]
+        order = torch.randperm(len(bucket), generator=generator)[:config.batch_size]
         yield [bucket[i] for i in order.tolist()]
 
 
@@ -192,15 +197,21 @@ class Batch:
     step: int
     noise: ImageNoise
 
+    @property
+    def tensors(self):
+        """Of state and target."""
+        return self.state.tensors + self.target
+
     @classmethod
-    def collect(cls, quantized, floating, targets, indices, step, noise, device, input_mix, rows):
-        """From streams and targets; `rows` has the whole batch."""
+    def collect(cls, quantized, floating, targets, indices, step, noise, mixing, device, input_mix,
+                rows):
+        """From streams and targets; `mixing` draws which inputs, `rows` has the whole batch."""
         numbers = [quantized.numbers[i] for i in indices]
         sizes = [quantized.states[i].rows for i in indices]
         state = (quantized if input_mix > 0 else floating).batch(indices, device)
         if 0 < input_mix < 1:
-            noise.begin('input', step, numbers, sizes)
-            state = _mix(state, floating.batch(indices, device), input_mix, noise)
+            mixing.begin('input', step, numbers, sizes)
+            state = _mix(state, floating.batch(indices, device), input_mix, mixing)
         target = collate((targets[i] for i in indices), device)
         return cls(state, target, numbers, sizes, rows, step, noise)
 

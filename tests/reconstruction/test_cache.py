@@ -15,7 +15,8 @@ from pfcr_mm.models import State
 from pfcr_mm.modules import set_quantization
 from pfcr_mm.reconstruction import ChainReconstructor, Stage, UnitConfig, build_schedule, cache
 from pfcr_mm.reconstruction.cache import FeatureCache, Shelf
-from pfcr_mm.reconstruction.capture import Stream, Targets, looking_ahead
+from pfcr_mm.reconstruction.capture import Stream, Targets
+from pfcr_mm.reconstruction.feed import looking_ahead
 
 LEVELS = ['leaf', 'block', 'stage', 'backbone']
 CONFIG = UnitConfig(iters=3, batch_size=4, weight_lr=3e-3, input_mix=0.5, keep_prob=0.8)

@@ -128,8 +128,10 @@ class GridAttention(MatmulAttention):
             return None
 
         def bias(q):
-            found = get_decomposed_rel_pos_bias(
-                q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, (height, width), (height, width))
+            with q.device:  # timm makes places on the CPU, which a GPU would wait for
+                found = get_decomposed_rel_pos_bias(
+                    q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, (height, width),
+                    (height, width))
             return found.view(*q.shape[:3], height * width)
 
         return bias
