@@ -15,6 +15,7 @@ from ..registry import (
 )
 from .chain import Chain, Leaf, State
 from .convert import quantize_matmuls, skipped_matmuls
+from .recording import is_recorded
 
 _SWIN = 'mmdet.models.backbones.swin'
 
@@ -101,10 +102,15 @@ class QuantShiftWindowMSA(ShiftWindowMSA):
         return self.window_partition(valid).view(-1, self.window_size**2)
 
 
-@lru_cache(maxsize=8)  # at most 10 MB each, at the first stage of a large image
-@torch.inference_mode(False)
 def shift_mask(height, width, size, shift, device):
     """(windows, N, N): -100 between tokens that the roll made neighbours; not to be changed."""
+    function = _shift_mask.__wrapped__ if is_recorded(device) else _shift_mask
+    return function(height, width, size, shift, device)
+
+
+@lru_cache(maxsize=8)  # at most 10 MB each, at the first stage of a large image
+@torch.inference_mode(False)
+def _shift_mask(height, width, size, shift, device):
     parts = (slice(0, -size), slice(-size, -shift), slice(-shift, None))
     region = torch.zeros((height, width), device=device)
     for number, (rows, columns) in enumerate((r, c) for r in parts for c in parts):

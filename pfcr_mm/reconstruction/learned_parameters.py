@@ -7,6 +7,7 @@ import torch
 from .. import parallel
 from ..modules import QuantLayer, quantizers_of, weights_once
 from ..quantizers import fused_kernels, random_mask
+from .graphs import StepGraphs
 from .precision import Precision
 
 
@@ -23,6 +24,8 @@ class LearnedParameters:
 
     On entry roundings are opened and gradients enabled, on exit all is closed again.
     """
+
+    graphs = None  # of steps on a GPU, see `StepGraphs`
 
     def __init__(self, modules, config, learn_weights):
         self.modules = modules
@@ -98,11 +101,34 @@ class LearnedParameters:
                 self.precision.scaler.scale(extra).backward()
         for quantizer in self.activations if batch else ():
             quantizer.noise = batch.noise
+
+        def loss_at(state, target, share):
+            return loss_of(self.precision.run(chain, unit, state), target) * share
+
+        if batch and self._can_be_graphs(batch, limit):
+            if self.graphs is None:
+                self.graphs = StepGraphs(lambda *given: self._alone(loss_at, *given),
+                                         self.parameters)
+            found.loss += self.graphs(batch.state, batch.target)
+            return found
         for state, target, share in batch.parts(limit) if batch else ():
             with weights_once(self.modules), fused_kernels(self.config.compile):
-                outputs = self.precision.run(chain, unit, state)
-                found.backward(loss_of(outputs, target) * share)
+                found.backward(loss_at(state, target, share))
         return found
+
+    def _can_be_graphs(self, batch, limit):
+        """Whether a step is the same operations for every batch, all of them here."""
+        config = self.config
+        return (config.cuda_graphs and self.precision.device.type == 'cuda'
+                and parallel.world_size() == 1 and len(batch.numbers) <= limit
+                and config.keep_prob == 1 and config.autocast != 'float16' and not config.compile
+                and not self.open)  # AdaRound's regulariser changes from step to step
+
+    def _alone(self, loss_at, state, target):
+        with weights_once(self.modules):
+            loss = loss_at(state, target, 1.0)
+            loss.backward()
+        return loss.detach()
 
     def update(self):
         """One step of the optimiser along the gradient."""
@@ -129,6 +155,7 @@ class LearnedParameters:
             layer.rounding.is_open = True
 
     def __exit__(self, *_):
+        self.graphs = None  # and their memory
         for parameter in self.parameters:
             parameter.requires_grad_(False)
             parameter.grad = None

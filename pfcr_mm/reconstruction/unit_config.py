@@ -42,6 +42,9 @@ class UnitConfig:
         autocast (str | None): 'bfloat16' or 'float16': steps run under torch.autocast, with
             quantizers, losses and the optimiser in float32, as held-out losses always are.
         compile (bool): quantizers of the steps as kernels fused by torch.compile.
+        cuda_graphs (bool): steps on a GPU are recorded as CUDA graphs and replayed, where they
+            can be: one process, whole batches, nothing drawn (keep_prob=1), no AdaRound, neither
+            float16 nor `compile`.
     """
 
     iters: int = 200
@@ -59,6 +62,7 @@ class UnitConfig:
     early_stop: object = None
     autocast: object = None
     compile: bool = False
+    cuda_graphs: bool = False
 
     def __post_init__(self):
         for name, least in (('iters', 1), ('batch_size', 1)):
@@ -78,8 +82,9 @@ class UnitConfig:
             raise UsageError(f'keep_prob={self.keep_prob!r} is not above 0 and at most 1')
         EarlyStop.build(self.early_stop)
         check_autocast(self.autocast)
-        if not isinstance(self.compile, bool):
-            raise UsageError(f'compile={self.compile!r} is neither True nor False')
+        for name in ('compile', 'cuda_graphs'):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f'{name}={getattr(self, name)!r} is neither True nor False')
 
     @property
     def rounding_lr(self):

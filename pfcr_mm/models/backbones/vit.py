@@ -11,6 +11,7 @@ from torch import nn
 
 from ...errors import UsageError
 from ...registry import MODELS
+from ..recording import is_recorded
 from .attention import GridAttention
 from .pretrained import load_pretrained
 
@@ -114,7 +115,8 @@ class TimmViT(BaseModule):
         Interpolated once a size while it is not being learned.
         """
         embedding = self.pos_embed
-        if embedding.requires_grad and torch.is_grad_enabled():
+        learned = embedding.requires_grad and torch.is_grad_enabled()
+        if learned or is_recorded(embedding.device):
             return self._interpolated(height, width)
         key, state = (height, width), (embedding._version, embedding.device, embedding.dtype)
         if self._positions.get(key, (None, ))[0] != state:
