@@ -31,6 +31,7 @@ def main(argv=None):
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--autocast', choices=DTYPES, help='units in mixed precision')
     parser.add_argument('--compile', action='store_true', help="units' quantizers fused")
+    parser.add_argument('--cuda-graphs', action='store_true', help='steps are recorded')
     parser.add_argument('--threads', type=int, help='of torch')
     parser.add_argument('--images', nargs='*', type=int, default=[64, 512],
                         help='calibration images of whole runs of the demo config')
@@ -44,7 +45,8 @@ def main(argv=None):
     try:
         for part in (
                 lambda: measure_units(args.size, args.kinds, args.pairs, args.clock, args.device,
-                                      dict(autocast=args.autocast, compile=args.compile)),
+                                      dict(autocast=args.autocast, compile=args.compile,
+                                           cuda_graphs=args.cuda_graphs)),
                 lambda: measure_runs(args.images, args.cfg_options)):
             found.update(part())
             write_atomically(args.out, text := json.dumps(found, indent=1) + '\n')

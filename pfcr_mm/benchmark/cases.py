@@ -17,14 +17,22 @@ from ..registry import CHAINS
 
 IMAGES = 16  # that a unit is reconstructed from, generated
 
-# Backbones: the demo's own, and Swin-T and ViT-S at the size of a classifier's images.
+# Backbones, what is fed to each, and images a step: the demo's own; Swin-T and ViT-S at the size of
+# a classifier's images; Swin-T and ViT-B as they are in detectors on COCO.
 SIZES = dict(
-    demo=dict(side=128, batch=8, swin=dict(embed_dims=32, depths=[2, 2, 4, 2],
-                                           num_heads=[2, 4, 8, 8]),
-              vit=dict(model_name='vit_tiny_patch16_224', timm_args=dict(depth=2))),
-    full=dict(side=224, batch=4, swin=dict(embed_dims=96, depths=[2, 2, 6, 2],
-                                           num_heads=[3, 6, 12, 24]),
-              vit=dict(model_name='vit_small_patch16_224', timm_args=dict(depth=2))))
+    demo=dict(
+        batch=8, shape=dict(swin=(128, 128), vit=(128, 128)),
+        swin=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[2, 4, 8, 8]),
+        vit=dict(model_name='vit_tiny_patch16_224', timm_args=dict(depth=2))),
+    full=dict(
+        batch=4, shape=dict(swin=(224, 224), vit=(224, 224)),
+        swin=dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
+        vit=dict(model_name='vit_small_patch16_224', timm_args=dict(depth=2))),
+    coco=dict(
+        batch=2, shape=dict(swin=(800, 1344), vit=(1024, 1024)),
+        swin=dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
+        vit=dict(model_name='vit_base_patch16_224', window_size=14, rel_pos=True,
+                 rel_pos_img_size=1024, timm_args=dict(depth=2))))
 # What is measured: of which backbone, which level, which of its units.
 KINDS = dict(swin_block=('swin', 'block', 1), vit_block=('vit', 'block', 1),
              pair=('swin', 'pair', 0), stage=('swin', 'stage', 2))
@@ -69,16 +77,16 @@ def build_case(kind, size='demo', rounding='latent', bits=4, device='cpu'):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         floating = build_backbone(backbone, size)
-        images = torch.randn(IMAGES, 3, SIZES[size]['side'], SIZES[size]['side'])
+        images = torch.randn(IMAGES, 3, *SIZES[size]['shape'][backbone])
         model = copy.deepcopy(floating)
         convert(model, QuantConfig(
             weight_bits=bits, activation_bits=bits, rounding=rounding))
+        model.to(device)
+        floating.to(device)
         with torch.no_grad(), observe(model, rows=256) as seen:
-            model(images[:4])
+            model(images[:4].to(device))
         calibrate(model, seen, 'minmax')
     set_quantization(model, True, True)
-    model.to(device)
-    floating.to(device)
     chain, float_chain = (Case.chain_of(m) for m in (model, floating))
     unit = units_of(chain, level)[number]
     stream = Stream([State((image[None], )) for image in images])

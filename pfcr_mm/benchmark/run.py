@@ -24,19 +24,21 @@ def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
         clock (str): 'wall', or 'cpu' where other jobs share the machine.
         device (str): where to compute.
         step (dict | None): options of every step (UnitConfig): autocast, of float units too,
-            and compile.
+            compile and cuda_graphs.
 
     Returns:
         dict: plain data; ratios are medians of measurements in turn.
     """
     step = step or {}
+    one_by_one = {**step, 'cuda_graphs': False}  # as published code makes steps
 
     def both(case, **options):
-        return (measure_iteration(case, clock, pairs, straight, **step, **options)
-                for straight in (False, True))
+        return (measure_iteration(case, clock, pairs, straight, **own, **options)
+                for straight, own in ((False, step), (True, one_by_one)))
 
     found = dict(
-        machine=dict(torch=torch.__version__, threads=torch.get_num_threads(), device=str(device),
+        machine=dict(torch=torch.__version__, threads=torch.get_num_threads(),
+                     device=_name(torch.device(device)),
                      capability=torch.backends.cpu.get_cpu_capability()),
         size=size, pairs=pairs, clock=clock, step=step, bits='W4A4', iteration_ratio={},
         reference_iteration_ratio={}, speedup_over_reference={},
@@ -58,6 +60,10 @@ def measure_units(size='demo', kinds=tuple(KINDS), pairs=15, clock='wall', devic
     if kinds:
         found['files'] = measure_files(build_case('swin_block', size), clock)
     return found
+
+
+def _name(device):
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
 
 
 def _ratio(watch):
