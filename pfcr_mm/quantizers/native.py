@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import math
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
@@ -97,15 +98,24 @@ def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=Tr
 
 def _others(x):
     """The module for what this one does not do."""
-    return (on_gpu() or eager) if x.is_cuda else eager
+    return (on_gpu() or eager) if x.is_cuda and not _is_traced() else eager
+
+
+def _is_traced():
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 @functools.cache
 def on_gpu():
-    """Kernels for a GPU, or None where there is no Triton."""
+    """Kernels for a GPU, or None where Triton cannot be used, which is told."""
     try:
         from . import triton_kernels
-    except ImportError:
+        one = torch.ones(1, device='cuda')
+        triton_kernels.uniform_values(one, one, one - 1, 0, 1)
+    except Exception as error:  # no Triton, no C compiler, a GPU that is too old, ...
+        told = f'{type(error).__name__}: {error}'.splitlines()[0]
+        warnings.warn(f'quantizers on the GPU compute without Triton, which is slower: {told}',
+                      stacklevel=2)
         return None
     return triton_kernels
 
@@ -119,7 +129,7 @@ def _takes(x, keep, scale, *others):
         scale (Tensor): along one axis of `x` at most.
         others (Tensor): of the same shape as the scale, such as zero points.
     """
-    if library() is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if library() is None or _is_traced():
         return False
     device = x.device
     return (device.type == 'cpu' and _fits(x.shape, scale.shape)

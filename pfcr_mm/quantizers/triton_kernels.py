@@ -157,8 +157,7 @@ def _log_values(x, keep, out, scale, steps, last, shift, count, inner, many,
     found = tl.load(x + at, mask=here, other=0.0)
     size, octave = tl.load(scale + of), tl.load(steps + of)
     ratio = _clamp(tl.div_rn(found + shift, size), 0.0, 1.0)
-    # a power below the last is all that the logarithm of zero has to be
-    power = tl.log2(tl.maximum(ratio, TINY, NAN)) * octave
+    power = tl.log2(ratio) * octave  # of zero: -infinity
     codes = _round(_clamp(power, zero_below - last, 0.0))
     values = tl.exp2(tl.div_rn(codes, octave)) * size
     if zero_below:
@@ -216,7 +215,7 @@ def _log_gradients(grad, x, values, keep, grad_x, sums, scale, steps, last, shif
     got = tl.load(grad + at, mask=here, other=0.0)
     product = (tl.load(values + at, mask=here, other=0.0) + shift) * got
     # a little beyond both ends, which themselves are inside
-    low = tl.exp2(-last / octave) * (1 - 1e-6) * size
+    low = tl.exp2(-tl.div_rn(last, octave)) * (1 - 1e-6) * size
     inside = (found > low) & (found < size * (1 + 1e-6))
     kept = tl.where(inside, product, 0.0)
     _finish(tl.div_rn(kept, found), product - kept, got, at, here, keep, grad_x, sums, of_x,

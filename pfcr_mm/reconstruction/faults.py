@@ -1,6 +1,6 @@
 """What can go wrong while a unit is reconstructed: no memory left, numbers that are none."""
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,11 +19,13 @@ class Faults:
         tell (Callable): takes a line for log and report.
         on_nonfinite (str): 'restore' undoes the unit and goes on, 'stop' ends the run.
         name_of (Callable): full name of a module.
+        said (set): what is told once a run, and has been.
     """
 
     tell: Callable = print
     on_nonfinite: str = 'restore'
     name_of: Callable = lambda module: type(module).__name__
+    said: set = field(default_factory=set)
 
     def nonfinite(self, found):
         """A unit that met NaN or Inf is restored: tell it and go on, or stop."""
@@ -38,6 +40,12 @@ class Faults:
         if count > 0.1 * steps:
             self.tell(f'{unit.name}: {count} of {steps} steps were left out, their gradients '
                       "overflow float16; autocast='bfloat16' has the range")
+
+    def not_recorded(self, why):
+        """Steps that the config wants as CUDA graphs cannot be: tell it once for each reason."""
+        if why not in self.said:
+            self.said.add(why)
+            self.tell(f'steps are not recorded, whatever cuda_graphs says: {why}')
 
 
 class NotFinite(Exception):  # noqa: N818  it is told, not shown

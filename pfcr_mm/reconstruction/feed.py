@@ -1,4 +1,5 @@
 """Batches of what lies on the CPU or on disk, and how they reach the device in time."""
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -52,25 +53,48 @@ def made_ahead(make, items, device):
 
     Args:
         make (Callable): item -> (result, the tensors of it).
-        items (Iterable): gone through in order, one ahead.
+        items (Iterable): gone through in order, for a GPU one ahead.
         device (torch.device): that results are for; for a GPU a thread makes them, in a stream
-            of its own.
+            of its own. What does not fit into its memory then is made when it is wanted.
     """
     if device.type != 'cuda':
         for item in items:
             yield make(item)[0]
         return
     stream, _ = side_streams(device)
+    items, used = iter(items), deque()  # events behind what has been used
 
     def aside(item):
         with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(stream):
-            return *make(item), stream.record_event()
+            try:
+                return *make(item), stream.record_event()
+            except torch.OutOfMemoryError:
+                pass  # out of the handler, or its traceback would keep what did not fit
+        return None
+
+    def begin():
+        return next(((item, thread.submit(aside, item)) for item in items), None)
 
     with ThreadPoolExecutor(1) as thread:
-        for waited, _ in looking_ahead(thread.submit(aside, item) for item in items):
-            result, tensors, ready = waited.result()
+        begun = begin()
+        while begun is not None:
+            item, made = begun[0], begun[1].result()
             using = torch.cuda.current_stream(device)
-            using.wait_event(ready)
-            for tensor in tensors:
-                tensor.record_stream(using)  # its memory is not given away before
+            if made is None:
+                torch.cuda.synchronize(device)
+                torch.cuda.empty_cache()
+                result, tensors = make(item)
+                begun = begin()
+            else:
+                begun = begin()
+                result, tensors, ready = made
+                using.wait_event(ready)
+                for tensor in tensors:
+                    tensor.record_stream(using)  # its memory is not given away before
+            made = tensors = None
             yield result
+            result = None
+            # else batches pile up where the GPU is behind
+            used.append(using.record_event())
+            if len(used) > 2:
+                used.popleft().synchronize()

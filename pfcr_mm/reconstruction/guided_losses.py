@@ -131,7 +131,8 @@ class FinalLoss(_Guided):
         self.temperature = temperature
         self.other = None
         if context.view.gives != 'logits':
-            self.other = ChannelMSELoss(PartOf(targets, self.part), channel_axis)
+            self.other = ChannelMSELoss(
+                PartOf(targets, self.part), channel_axis, device=context.device)
 
     def __call__(self, outputs, targets):
         outputs, targets = outputs[self.part], targets[self.part]
@@ -208,7 +209,8 @@ class APHLoss(OrOther):
         self.weights = known[way]
         self.sides = None
         if max(parallel.gather(len(targets[0]) if targets else 0)) > count:
-            self.sides = ChannelMSELoss(PartOf(targets, slice(count, None)), channel_axis)
+            self.sides = ChannelMSELoss(
+                PartOf(targets, slice(count, None)), channel_axis, device=context.device)
 
     def __call__(self, outputs, targets):
         if self.other is not None:

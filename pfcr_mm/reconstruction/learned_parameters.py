@@ -26,6 +26,7 @@ class LearnedParameters:
     """
 
     graphs = None  # of steps on a GPU, see `StepGraphs`
+    not_recorded = None  # why there are none where the config asks for them, in words
 
     def __init__(self, modules, config, learn_weights):
         self.modules = modules
@@ -105,24 +106,32 @@ class LearnedParameters:
         def loss_at(state, target, share):
             return loss_of(self.precision.run(chain, unit, state), target) * share
 
-        if batch and self._can_be_graphs(batch, limit):
-            if self.graphs is None:
-                self.graphs = StepGraphs(lambda *given: self._alone(loss_at, *given),
-                                         self.parameters)
-            found.loss += self.graphs(batch.state, batch.target)
-            return found
+        if batch and self.config.cuda_graphs:
+            self.not_recorded = self._obstacle_to_graphs(batch, limit)
+            if self.not_recorded is None:
+                if self.graphs is None:
+                    self.graphs = StepGraphs(lambda *given: self._alone(loss_at, *given),
+                                             self.parameters)
+                found.loss += self.graphs(batch.state, batch.target)
+                self.not_recorded = self.graphs.obstacle
+                return found
+            self.graphs = None  # and their memory
         for state, target, share in batch.parts(limit) if batch else ():
             with weights_once(self.modules), fused_kernels(self.config.compile):
                 found.backward(loss_at(state, target, share))
         return found
 
-    def _can_be_graphs(self, batch, limit):
-        """Whether a step is the same operations for every batch, all of them here."""
+    def _obstacle_to_graphs(self, batch, limit):
+        """Why a step is not the same operations for every batch, all of them here; or None."""
         config = self.config
-        return (config.cuda_graphs and self.precision.device.type == 'cuda'
-                and parallel.world_size() == 1 and len(batch.numbers) <= limit
-                and config.keep_prob == 1 and config.autocast != 'float16' and not config.compile
-                and not self.open)  # AdaRound's regulariser changes from step to step
+        return next((told for told, holds in (
+            ('there is no GPU', self.precision.device.type != 'cuda'),
+            ('there are several processes', parallel.world_size() > 1),
+            ('keep_prob below 1 draws anew in each step', config.keep_prob < 1),
+            ("AdaRound's regulariser changes from step to step", self.open),
+            ("autocast='float16' may leave steps out", config.autocast == 'float16'),
+            ('compile=True makes other kernels', config.compile),
+            ('batches do not fit as a whole', len(batch.numbers) > limit)) if holds), None)
 
     def _alone(self, loss_at, state, target):
         with weights_once(self.modules):

@@ -151,6 +151,8 @@ def reconstruct(chain, unit, quantized_inputs, float_inputs, targets, config, le
             if steps:
                 learned.precision.overflows()  # counts what came after the last look
                 faults.left_out(unit, learned.precision.left_out, steps)
+            if learned.not_recorded:
+                faults.not_recorded(learned.not_recorded)
         parallel.copy_from_main([p for m in modules for p in m.parameters()])  # to the bit
         after = evaluate()
         with _undone_on_error(modules, saved):

@@ -45,7 +45,8 @@ def test_tensors_of_a_cpu_never_come_here():
 @needs_triton
 @pytest.mark.parametrize('dropping', [False, True], ids=['all', 'dropped'])
 @pytest.mark.parametrize('name', [*CASES, 'several_programs', 'programs_by_head',
-                                  'programs_of_powers', 'by_channel', 'one_number', 'log_by_head'])
+                                  'programs_of_powers', 'by_channel', 'one_number', 'log_by_head',
+                                  'seven_bits', 'eight_bits', 'eight_bits_by_power'])
 def test_on_a_gpu(name, dropping):
     import triton_cases
     triton_cases.check(name, dropping, 'cuda')

@@ -5,9 +5,10 @@ from marks import needs_gpu
 from torch import nn
 from toy_chains import chain_of, learned_state, stream, toy
 
+from pfcr_mm.errors import FaultError
 from pfcr_mm.models import State
-from pfcr_mm.models.recording import is_recorded
 from pfcr_mm.reconstruction import ChainReconstructor, Stage, UnitConfig, build_schedule, graphs
+from pfcr_mm.reconstruction.faults import Faults
 from pfcr_mm.reconstruction.feed import side_streams
 from pfcr_mm.reconstruction.graphs import BEFORE, StepGraphs
 
@@ -53,22 +54,58 @@ def test_shapes_that_come_again_are_recorded(monkeypatch):
     assert list(found.graphs) == [(((2, 3), ), 3, ((2, 3), ))] and found.pool == 'pool'
 
 
-@pytest.mark.parametrize('cause', ['a step waits', 'recording fails'])
-def test_what_cannot_be_recorded_goes_on_as_before(cause, monkeypatch):
+@pytest.fixture
+def no_gpu_is_asked(monkeypatch):
+    monkeypatch.setattr(graphs, '_waiting_is_an_error', torch.no_grad)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: None)
+
+
+def test_at_most_so_many_shapes(no_gpu_is_asked, monkeypatch):
+    monkeypatch.setattr(graphs, '_Graph', Recorded)
+    monkeypatch.setattr(graphs, 'MOST', 2)
+    calls = []
+    found = steps(calls)
+    for tokens in (3, 4, 5):
+        for _ in range(BEFORE + 2):
+            last = found(*batch(tokens))
+    assert len(found.graphs) == 2 and last.item() == 1 and found.obstacle is None
+
+
+@pytest.mark.parametrize('cause', ['waits', 'memory'])
+def test_what_cannot_be_recorded_goes_on_as_before(cause, no_gpu_is_asked, monkeypatch):
     def fails(*_):
-        raise RuntimeError('called a synchronizing CUDA operation')
+        raise (torch.OutOfMemoryError('no memory') if cause == 'memory'
+               else RuntimeError('called a synchronizing CUDA operation'))
 
     calls, weight = [], nn.Parameter(torch.ones(()))
     found = steps(calls)
     found.parameters = [weight]
-    monkeypatch.setattr(graphs, '_waiting_is_an_error',
-                        fails if cause == 'a step waits' else torch.no_grad)
+    if cause == 'waits':
+        monkeypatch.setattr(graphs, '_waiting_is_an_error', fails)
     monkeypatch.setattr(graphs, '_Graph', fails)
-    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
     weight.grad = torch.ones(())  # half of a step that broke off
     for _ in range(BEFORE + 3):
         assert found(*batch(3)).item() == 1
     assert calls == [3] * (BEFORE + 3) and not found.graphs and weight.grad is None
+    assert cause in found.obstacle
+
+
+def test_recording_that_breaks_off_ends_the_run(no_gpu_is_asked, monkeypatch):
+    def fails(*_):
+        raise RuntimeError('operation not permitted when stream is capturing\nmore')
+
+    monkeypatch.setattr(graphs, '_Graph', fails)
+    found = steps([])
+    for _ in range(BEFORE):
+        found(*batch(3))
+    with pytest.raises(FaultError, match=r'not permitted.*cuda_graphs=False.*--resume'):
+        found(*batch(3))
+
+
+def test_that_nothing_is_recorded_is_told_once():
+    told = []
+    learn(torch.device('cpu'), faults=Faults(tell=told.append), cuda_graphs=True)
+    assert told == ['steps are not recorded, whatever cuda_graphs says: there is no GPU']
 
 
 def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch):
@@ -82,18 +119,15 @@ def test_an_error_of_the_step_itself_is_not_hidden(monkeypatch):
             found(*batch(3))
 
 
-def test_nothing_is_recorded_on_a_cpu():
-    assert not is_recorded('cpu')
-
-
-def learn(device, images=24, level='block', **options):
-    model, teacher, inputs = toy(images=images)
+def learn(device, faults=None, **options):
+    model, teacher, inputs = toy()
     model.to(device), teacher.to(device)
     runner = ChainReconstructor(
-        chain_of(model), chain_of(teacher), stream(inputs), stream(inputs), device, 4, 0)
+        chain_of(model), chain_of(teacher), stream(inputs), stream(inputs), device, 4, 0,
+        faults=faults)
     config = UnitConfig(iters=30, batch_size=4, weight_lr=3e-3, scale_lr=1e-2, **options)
     records = runner.run(
-        build_schedule(runner.chain, ['leaf', level]), lambda unit: config, FINAL)
+        build_schedule(runner.chain, ['leaf', 'block']), lambda unit: config, FINAL)
     return [r.loss_after for r in records], learned_state(model)
 
 
@@ -115,14 +149,10 @@ def test_the_same_is_learned(options, monkeypatch):
 
 
 @needs_gpu
-def test_no_stream_that_batches_come_by_is_recorded():
-    """However many streams others have asked for: torch hands the same ones out again."""
-    device = torch.device('cuda', 0)
-    loading, recording = side_streams(device)
-    for _ in range(100):
-        torch.cuda.Stream(device)
-        assert side_streams(torch.device('cuda')) == (loading, recording)
+def test_batches_do_not_come_by_the_stream_that_is_recorded():
+    loading, recording = side_streams(torch.device('cuda'))
     assert loading.cuda_stream != recording.cuda_stream
+    assert side_streams(torch.device('cuda', 0)) == (loading, recording)
 
 
 @needs_gpu
@@ -141,4 +171,4 @@ def test_a_step_that_waits_is_told_beforehand():
         weight.grad = None
         assert found(*batch(3, device='cuda')).item() == 1
         assert weight.grad.item() == 2
-    assert not found.possible and len(calls) == BEFORE + 3
+    assert 'waits' in found.obstacle and len(calls) == BEFORE + 3
