@@ -16,7 +16,8 @@ def log_odds(p):
 
 
 def loss_for(targets, kinds=KINDS):
-    context = SimpleNamespace(view=SimpleNamespace(chain=SimpleNamespace(kinds=kinds)))
+    context = SimpleNamespace(
+        view=SimpleNamespace(chain=SimpleNamespace(kinds=kinds)), device='cpu')
     return DetectionsLoss(targets, 1, context)
 
 
@@ -150,8 +151,8 @@ def test_gradients_are_those_of_finite_differences():
 
 def test_another_loss_elsewhere():
     targets = [(torch.randn(1, 3, 4), ), (torch.randn(1, 3, 4), )]
-    context = SimpleNamespace(view=SimpleNamespace(
-        chain=SimpleNamespace(kinds=()), prefix_tokens=0))
+    context = SimpleNamespace(
+        view=SimpleNamespace(chain=SimpleNamespace(kinds=()), prefix_tokens=0), device='cpu')
     ours = build_loss('detections', targets, 2, context)
     plain = build_loss('channel_mse', targets, 2, context)
     outputs = (torch.randn(1, 3, 4), )
