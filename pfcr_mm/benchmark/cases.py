@@ -17,6 +17,7 @@ from ..registry import CHAINS
 
 IMAGES = 16  # that a unit is reconstructed from, generated
 
+SWIN_T = dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24])
 # Backbones, what is fed to each, and images a step: the demo's own; Swin-T and ViT-S at the size of
 # a classifier's images; Swin-T and ViT-B as they are in detectors on COCO.
 SIZES = dict(
@@ -25,12 +26,10 @@ SIZES = dict(
         swin=dict(embed_dims=32, depths=[2, 2, 4, 2], num_heads=[2, 4, 8, 8]),
         vit=dict(model_name='vit_tiny_patch16_224', timm_args=dict(depth=2))),
     full=dict(
-        batch=4, shape=dict(swin=(224, 224), vit=(224, 224)),
-        swin=dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
+        batch=4, shape=dict(swin=(224, 224), vit=(224, 224)), swin=SWIN_T,
         vit=dict(model_name='vit_small_patch16_224', timm_args=dict(depth=2))),
     coco=dict(
-        batch=2, shape=dict(swin=(800, 1344), vit=(1024, 1024)),
-        swin=dict(embed_dims=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24]),
+        batch=2, shape=dict(swin=(800, 1344), vit=(1024, 1024)), swin=SWIN_T,
         vit=dict(model_name='vit_base_patch16_224', window_size=14, rel_pos=True,
                  rel_pos_img_size=1024, timm_args=dict(depth=2))))
 # What is measured: of which backbone, which level, which of its units.

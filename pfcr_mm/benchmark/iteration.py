@@ -36,8 +36,7 @@ def measure_iteration(case, clock='wall', pairs=15, straight=False, **options):
     model = straight_twin(case.model) if straight else copy.deepcopy(case.model)
     chain = case.chain_of(model)
     row = 1 if device.type == 'cpu' else ROW
-    config = UnitConfig(iters=(pairs + 3) * row + 1, batch_size=case.batch,
-                        **options)
+    config = UnitConfig(iters=(pairs + 3) * row + 1, batch_size=case.batch, **options)
     plain = float_step(case, config)
     began = None
 

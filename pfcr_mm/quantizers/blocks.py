@@ -1,7 +1,34 @@
-"""Work on large tensors in blocks that stay in the cache, where several passes are made."""
+"""What kernels share: which tensors they take, and large ones in blocks that stay in the cache."""
+import functools
+import math
+
 import torch
 
 SIZE = 2**16  # numbers in a block
+
+
+def fit_together(x, keep, scale, *others):
+    """Whether tensors are what kernels of one pass take, all on one device.
+
+    Args:
+        x (Tensor): float32, not empty.
+        keep (Tensor | None): uint8, shaped like it.
+        scale (Tensor): float32, along one axis of `x` at most.
+        others (Tensor): like the scale, such as zero points.
+    """
+    return (_broadcasts(x.shape, scale.shape)
+            and all(t.dtype is torch.float32 and t.device == x.device for t in (x, scale, *others))
+            and all(t.shape == scale.shape for t in others)
+            and (keep is None or (
+                keep.dtype is torch.uint8 and keep.device == x.device and keep.shape == x.shape)))
+
+
+@functools.lru_cache(4096)
+def _broadcasts(shape, scale):
+    """Whether scales broadcast against a tensor that is not empty, along one axis at most."""
+    many = [axis for axis, count in enumerate(reversed(scale), 1) if count > 1]
+    return (math.prod(shape) > 0 and len(scale) <= max(1, len(shape)) and len(many) <= 1
+            and all(scale[-axis] == shape[-axis] for axis in many))
 
 
 def dense_like(x):

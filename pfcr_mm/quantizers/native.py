@@ -7,7 +7,6 @@ logarithm within 1e-7 of the border of two codes may be rounded the other way.
 import ctypes
 import functools
 import importlib.util
-import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,7 +16,7 @@ import torch
 
 from ..errors import UsageError
 from . import eager
-from .blocks import dense_like
+from .blocks import dense_like, fit_together
 
 VERSION = 1  # of the functions' arguments, as native.c has it
 SHARE = 2**16  # numbers that are worth a thread
@@ -124,27 +123,12 @@ def _takes(x, keep, scale, *others):
     """Whether this module does it; what does not fit together is left to PyTorch to refuse.
 
     Args:
-        x (Tensor): float32 on a CPU.
-        keep (Tensor | None): uint8, shaped like it.
-        scale (Tensor): along one axis of `x` at most.
-        others (Tensor): of the same shape as the scale, such as zero points.
+        x (Tensor): on a CPU.
+        keep, scale, others: see `fit_together`.
     """
     if library() is None or _is_traced():
         return False
-    device = x.device
-    return (device.type == 'cpu' and _fits(x.shape, scale.shape)
-            and all(t.dtype is torch.float32 and t.device == device for t in (x, scale, *others))
-            and all(t.shape == scale.shape for t in others)
-            and (keep is None or (
-                keep.dtype is torch.uint8 and keep.device == device and keep.shape == x.shape)))
-
-
-@functools.lru_cache(4096)
-def _fits(shape, scale):
-    """Whether scales broadcast against a tensor that is not empty, along one axis at most."""
-    many = [axis for axis, count in enumerate(reversed(scale), 1) if count > 1]
-    return (math.prod(shape) > 0 and len(scale) <= max(1, len(shape)) and len(many) <= 1
-            and all(scale[-axis] == shape[-axis] for axis in many))
+    return x.device.type == 'cpu' and fit_together(x, keep, scale, *others)
 
 
 def _of_scale(total, scale, wanted):

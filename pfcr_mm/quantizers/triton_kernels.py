@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import eager
-from .blocks import dense_like
+from .blocks import dense_like, fit_together
 
 BLOCK = 2048  # numbers of a program at most
 LEAST = 64
@@ -52,14 +52,8 @@ def log_gradients(grad, x, values, scale, steps, last, shift, keep=None, of_x=Tr
 
 
 def _takes(x, keep, scale, *others):
-    """Whether this module does it: scales along one axis of float32 tensors at most."""
-    many = [axis for axis, count in enumerate(reversed(scale.shape), 1) if count > 1]
-    return (0 < x.numel() < 2**31 and scale.dim() <= max(1, x.dim()) and len(many) <= 1
-            and all(scale.shape[-axis] == x.shape[-axis] for axis in many)
-            and all(t.dtype is torch.float32 and t.device == x.device for t in (x, scale, *others))
-            and all(t.shape == scale.shape for t in others)
-            and (keep is None or (keep.dtype is torch.uint8 and keep.device == x.device
-                                  and keep.shape == x.shape)))
+    """Whether this module does it: places are numbers of 32 bits."""
+    return x.numel() < 2**31 and fit_together(x, keep, scale, *others)
 
 
 class _Flat:
