@@ -11,7 +11,8 @@ may name its values: `pos=off,quantizer`. Axes and values:
     bits        w6a6 w4a4 w3a3
     units       leaf, block, leaf..block, leaf..pair, and so on up to the config's coarsest
     pos         off, quantizer (R1), unit (R2), operand (R3)
-    loss        channel_mse, mse, aph (Hessian-weighted), mse_final (MSE and global)
+    loss        channel_mse, norm_mse (as a LayerNorm sees it), mse, aph (Hessian-weighted),
+                mse_final (MSE and global)
     rounding    latent, adaround
     softmax     log2, log_sqrt2, adalog, uniform
     gelu        adalog, uniform (quantizer of what comes from a GELU)
@@ -134,7 +135,8 @@ class Method(Axis):
 AXES = dict(
     method=Method(), bits=Bits(), units=Units(),
     pos=Axis('quantize_cfg.pos.mode', ['off', 'quantizer', 'unit', 'operand']),
-    loss=Axis('quantize_cfg.reconstruction.loss', ['channel_mse', 'mse', 'aph', 'mse_final']),
+    loss=Axis('quantize_cfg.reconstruction.loss',
+              ['channel_mse', 'norm_mse', 'mse', 'aph', 'mse_final']),
     rounding=Axis('model.quant.rounding', ['latent', 'adaround']),
     softmax=Axis('model.quant.softmax.kind', ['log2', 'log_sqrt2', 'adalog', 'uniform']),
     gelu=Axis('model.quant.post_gelu.kind', ['adalog', 'uniform']),

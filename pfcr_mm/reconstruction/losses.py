@@ -53,8 +53,11 @@ class MSELoss:
             self.weights[k] = self.weights[k].to(output.device)  # once
             if output.numel():
                 losses.append(self._mean(
-                    (output - target).square() * self._spread(self.weights[k], output)))
+                    self._error(output, target) * self._spread(self.weights[k], output)))
         return torch.stack(losses).mean()
+
+    def _error(self, output, target):
+        return (output - target).square()
 
     def _mean(self, error):
         count, share = self.prefix_tokens, self.prefix_share
@@ -94,6 +97,35 @@ class ChannelMSELoss(MSELoss):
         shape = [1] * x.dim()
         shape[self.channel_axis] = -1
         return weight.view(shape)
+
+
+@RECONSTRUCTION_LOSSES.register_module(name='norm_mse')
+class NormMSELoss(ChannelMSELoss):
+    """Squared error as the LayerNorm behind a unit sees it: `channel_mse` of tokens on one scale.
+
+    Output and target of each token are divided by the deviation of its target's channels, then
+    each channel by the variance of all targets so divided. A few tokens with massive
+    activations (arXiv 2402.17762) have nearly all of a channel's variance; without this the
+    channel would count for nothing in all the others. A deviation counts as no less than
+    `least` of the image's mean deviation, so that flat areas do not take over. Outputs that
+    have no positions, such as logits, are compared as by `channel_mse`.
+    """
+
+    least = 0.1
+
+    def _weight(self, tensors):
+        return super()._weight(t.float() / self._deviation(t.float()) for t in tensors)
+
+    def _error(self, output, target):
+        return super()._error(output, target) / self._deviation(target).square()
+
+    def _deviation(self, target):
+        """Of the channels at each position of (B, ...), the channel axis having one entry."""
+        if target.dim() < 3:
+            return target.new_ones(())
+        deviation = target.std(self.channel_axis, correction=0, keepdim=True)
+        mean = deviation.mean([*range(1, target.dim())], keepdim=True)
+        return torch.maximum(deviation, self.least * mean).clamp(min=1e-6)
 
 
 def _totals(*sums):

@@ -35,7 +35,7 @@ from pfcr_mm.reconstruction.views import FINAL, LAYERS, UNIT, UnitView
 DEVICE = torch.device('cpu')
 MIXED = dict(type='mixed', terms=[dict(type='mse', weight=2), dict(type='final'),
                                   dict(type='layers', weight=0.5)])
-ALL = ['mse', 'channel_mse', 'aph', 'head_kl', 'final', 'layers', MIXED]
+ALL = ['mse', 'channel_mse', 'norm_mse', 'aph', 'head_kl', 'final', 'layers', MIXED]
 
 
 @pytest.fixture(scope='module')
