@@ -82,7 +82,7 @@ def test_columns(grid):
 
 def test_words_share_the_cell_in_which_nothing_varies(grid):
     code, rows, made = grid('--grid', 'loss', 'softmax', 'zero_point', '--seeds', 0)
-    assert code == 0 and len(made) == len(rows) == 4 + 4 + 2 - 2
+    assert code == 0 and len(made) == len(rows) == 5 + 4 + 2 - 2
     assert len({tuple(r.values()) for r in rows}) == len(rows)
 
 
@@ -155,7 +155,7 @@ def test_the_default_grid_of_a_detector(grid, capsys):
     assert grid('--list', '--seeds', 0, config=DEMO)[0] == 0
     lines = capsys.readouterr().out.splitlines()
     # units x POS, and each other axis around the config
-    assert len(lines) == len(set(lines)) == 6 * 4 + 3 + 1 + 3 + 1 + 1 + 1 + 1 + 1 + 1
+    assert len(lines) == len(set(lines)) == 6 * 4 + 4 + 1 + 3 + 1 + 1 + 1 + 1 + 1 + 1
     assert 'units-leaf..pair_pos-unit seed 0' in lines and 'padding-zero seed 0' in lines
     assert {'values-plain seed 0', 'heads-plain seed 0', 'means-plain seed 0'} <= set(lines)
     assert 'base seed 0' in lines
