@@ -93,7 +93,7 @@ def test_channel_axis_of_maps():
 
 
 def test_norm_mse_by_hand():
-    """Deviations of the tokens 1 and 10; divided by them both channels have variance 2.5."""
+    """Deviations of the tokens are 1 and 10; divided by them both channels have variance 1."""
     target = torch.tensor([[[1.0, 3.0], [-10.0, 10.0]]])  # as seen: 1, 3 and -1, 1
     loss = build('norm_mse', [(target, )])
     off = target + torch.tensor([[[0.5, 0.0], [0.0, 5.0]]])
