@@ -114,7 +114,7 @@ class NormMSELoss(ChannelMSELoss):
     least = 0.1
 
     def _weight(self, tensors):
-        return super()._weight(t.float() / self._deviation(t.float()) for t in tensors)
+        return super()._weight(t / self._deviation(t) for t in map(torch.Tensor.float, tensors))
 
     def _error(self, output, target):
         return super()._error(output, target) / self._deviation(target).square()
