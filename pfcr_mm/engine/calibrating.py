@@ -13,12 +13,15 @@ from ..reconstruction import (
     AttendedValues,
     MomentObserver,
     NormRows,
+    TokenRows,
     calibrate,
+    calibrate_tokens,
     compensate_weights,
     not_fitted,
     observe,
     round_weights,
 )
+from ..reconstruction.class_tokens import layers_with_own
 from ..reconstruction.faults import check_seen
 
 _HEADS_FOLDED_BY = 8  # images; means and sizes of channels need few
@@ -37,7 +40,11 @@ class Calibrating:
         self._fold_heads()
         if self.model.quant_config.reparam:
             make_channelwise(self.model)
-        self._search_scales(self.model, activations=True)
+        tokens = TokenRows(self.model)
+        self._search_scales(
+            self.model, activations=True, beside=[tokens] if layers_with_own(self.model) else [])
+        calibrate_tokens(self.model, tokens.layers)
+        self._make_equal(self.model)
         if self.calibration['fit_norms']:
             self._fit_norms()
         if self.calibration['compensate'] is not None:

@@ -40,6 +40,8 @@ class QuantConfig:
             since the steps of 'log2' do not become smaller with bits; `overrides` keep the kind.
         post_gelu (dict | None): the same of inputs that come from a GELU, per tensor; None
             treats them like all others.
+        class_tokens (str): 'own' gives class tokens a quantizer of their own in the linear layers
+            of blocks, see `TokenQuantizer`; 'shared' treats them like all other tokens.
         matmul_granularity (str): 'head' or 'tensor', for q, k and v.
         include, exclude (list[str]): name patterns (fnmatch) of layers.
         overrides (list[dict]): dict(pattern, weight_bits, activation_bits); the last
@@ -63,6 +65,7 @@ class QuantConfig:
     activation_symmetric: bool = False
     softmax: dict = field(default_factory=dict)
     post_gelu: dict | None = field(default_factory=dict)
+    class_tokens: str = 'shared'
     matmul_granularity: str = 'head'
     include: list = field(default_factory=lambda: ['*'])
     exclude: list = field(default_factory=list)
@@ -86,6 +89,9 @@ class QuantConfig:
                            ('softmax.granularity', self.softmax['granularity'])):
             if value not in ('head', 'tensor'):
                 raise UsageError(f"quant.{key}={value!r} is not known; choose 'head' or 'tensor'")
+        if self.class_tokens not in ('own', 'shared'):
+            raise UsageError(f"quant.class_tokens={self.class_tokens!r} is not known; choose 'own' "
+                             "or 'shared'")
         if self.first_last_bits is not None:
             check_bits(self.first_last_bits, 'quant.first_last_bits')
         rounding = self.rounding.get('type') if isinstance(self.rounding, dict) else self.rounding

@@ -6,6 +6,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ..registry import CHAINS, MODELS
+from .class_tokens import give_token_quantizers
 from .convert import QuantConfig, convert
 from .fold import fold_batch_norms, fold_state
 from .reparam import post_norm_pairs
@@ -34,6 +35,8 @@ def QuantDetector(arch, quant, **cfg):  # noqa: N802  named as configs spell it
     detector.census = convert(detector, config)
     detector.quant_config = config
     add_missing_biases(detector)
+    if config.class_tokens == 'own':
+        give_token_quantizers(part_chains(detector)[0])
     detector.wants_float = False  # set while tools/quant.py loads what it is to quantize
     detector._register_load_state_dict_pre_hook(_warn_of_float, with_module=True)
     detector._register_load_state_dict_pre_hook(_fold_norms, with_module=True)

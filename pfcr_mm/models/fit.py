@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UsageError
 from ..modules import QuantLayer
-from ..quantizers import Quantizer
+from ..quantizers import Quantizer, TokenQuantizer
 from .head_folds import BUFFERS
 from .manifest import UNREACHED
 
@@ -81,9 +81,9 @@ def _wanted(detector, manifest):
         if not isinstance(quantizer, Quantizer):
             continue
         layer, _, kind = name.rpartition('.')
-        needed = kind == 'weight_quantizer' or modules[layer] not in unreached
-        size = tuple(quantizer.log_scale.shape)
+        needed = kind == 'weight_quantizer' or (
+            modules[layer] not in unreached and not isinstance(quantizer, TokenQuantizer))
         for key in quantizer.state_keys:
             dtype = torch.uint8 if key == 'zero_point' else torch.float32
-            wanted[f'{name}.{key}'] = (dtype, size, needed)
+            wanted[f'{name}.{key}'] = (dtype, tuple(getattr(quantizer, key).shape), needed)
     return wanted

@@ -2,6 +2,7 @@
 from dataclasses import asdict
 
 from ..modules import quantizers_of
+from ..quantizers import TokenQuantizer
 
 FORMAT = 'pfcr_mm.quantized/1'
 UNREACHED = 'no calibration data reached it'
@@ -19,6 +20,6 @@ def build_manifest(detector):
     by_name = {layer['name']: layer for layer in layers}
     for name, quantizer in quantizers_of(detector):
         layer = by_name[name.rpartition('.')[0]]
-        if not quantizer.calibrated:
+        if not (quantizer.calibrated or isinstance(quantizer, TokenQuantizer)):
             layer['skipped_reason'] = UNREACHED
     return dict(format=FORMAT, quant=detector.quant_config.as_dict(), layers=layers)

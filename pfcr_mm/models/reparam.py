@@ -151,5 +151,7 @@ def _fold(norm, layer, attention, ratio, shift):
     norm.bias.div_(ratio).sub_(shift)
     layer.weight.mul_(ratio.view(1, -1, *(1, ) * (layer.weight.dim() - 2)))
     layer.bias.add_(layer.weight.flatten(1) @ shift)
+    if layer.token_quantizer is not None and layer.token_quantizer.calibrated:
+        layer.token_quantizer.fold(ratio, shift)
     if attention is not None:
         attention.pad_value.div_(ratio).sub_(shift)

@@ -44,6 +44,7 @@ class QuantLayer:
             module.weight.shape[cls.weight_axis], cls.weight_axis)
         layer.input_quantizer = build_quantizer(
             QuantizerSpec(bits=activation_bits, symmetric=activation_symmetric))
+        layer.token_quantizer = None
         layer.rounding_cfg = rounding
         layer.rounding = build_rounding(rounding)
         layer.hardened = False

@@ -4,10 +4,11 @@ from .fused import fused_kernels
 from .log import AdaLogQuantizer, Log2Quantizer, LogQuantizer, LogSqrt2Quantizer
 from .rounding import AdaRound, LatentRounding, NearestRounding, build_rounding
 from .spec import QuantizerSpec
+from .tokens import TokenQuantizer
 from .uniform import UniformQuantizer
 
 __all__ = [
     'AdaLogQuantizer', 'AdaRound', 'LatentRounding', 'Log2Quantizer', 'LogQuantizer',
-    'LogSqrt2Quantizer', 'NearestRounding', 'Quantizer', 'QuantizerSpec', 'UniformQuantizer',
-    'build_quantizer', 'build_rounding', 'fused_kernels', 'random_mask'
+    'LogSqrt2Quantizer', 'NearestRounding', 'Quantizer', 'QuantizerSpec', 'TokenQuantizer',
+    'UniformQuantizer', 'build_quantizer', 'build_rounding', 'fused_kernels', 'random_mask'
 ]

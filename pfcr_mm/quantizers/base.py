@@ -46,7 +46,7 @@ class Quantizer(nn.Module):
 
     @property
     def state_keys(self):
-        """Names of the tensors (size,) that a checkpoint holds of it."""
+        """Names of the tensors that a checkpoint holds of it."""
         return (*self._parameters, *self._buffers)
 
     @property

@@ -2,6 +2,7 @@
 from . import detections_loss, guided_losses, losses  # noqa: F401  fill the table
 from .attended import AttendedValues
 from .calibrate import calibrate, observe
+from .class_tokens import TokenRows, calibrate_tokens
 from .faults import Faults
 from .fit_weights import MomentObserver, compensate_weights, not_fitted, round_weights
 from .norm_rows import NormRows
@@ -14,7 +15,7 @@ from .units import LEVELS, Unit, units_of
 
 __all__ = [
     'AttendedValues', 'ChainReconstructor', 'Faults', 'LEVELS', 'MomentObserver', 'NormRows',
-    'POSConfig', 'Stage', 'Unit', 'UnitConfig', 'UnitRecord', 'build_schedule', 'calibrate',
-    'compensate_weights', 'harden', 'not_fitted', 'observe', 'round_weights', 'share_iterations',
-    'traversal_string', 'units_of'
+    'POSConfig', 'Stage', 'TokenRows', 'Unit', 'UnitConfig', 'UnitRecord', 'build_schedule',
+    'calibrate', 'calibrate_tokens', 'compensate_weights', 'harden', 'not_fitted', 'observe',
+    'round_weights', 'share_iterations', 'traversal_string', 'units_of'
 ]

@@ -15,6 +15,7 @@ from .. import parallel
 from ..errors import UsageError
 from ..modules import QuantLayer, QuantMatmul, quantizers_of, real_rows, set_quantization
 from ..quantizers import LogQuantizer, search
+from .class_tokens import without_own
 from .noise import PerImage
 from .products import ProductSample, part_of, refine_products
 
@@ -134,7 +135,7 @@ class Observer(PerImage):
         reservoir = self.layers[name]
 
         def hook(layer, args):
-            x = args[0]
+            x = without_own(layer, args[0])
             if x.numel() == 0:
                 return
             generator = self.generator(name)

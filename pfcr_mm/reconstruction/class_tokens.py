@@ -1,17 +1,11 @@
-"""Rows of a layer's inputs where class tokens count as more than one in hundreds."""
+"""Class tokens in calibration: rows that count as more than one in hundreds; own quantizers."""
 import torch
 
+from .. import parallel
+from ..modules import set_quantization
+from .noise import PerImage
+
 PREFIX_SHARE = 0.1  # of class tokens in all rows, whatever the number of patches
-
-
-def prefixes(chains):
-    """Number of class tokens first in a sequence, by module.
-
-    Args:
-        chains (dict[str, Chain]): of a model.
-    """
-    return {module: chain.prefix_tokens for chain in chains.values() for leaf in chain.leaves
-            for root in leaf.modules for module in root.modules()}
 
 
 def weighted_rows(layer, x, count, generator, limit):
@@ -25,7 +19,8 @@ def weighted_rows(layer, x, count, generator, limit):
         limit (int): other rows at most.
 
     Returns:
-        tuple[Tensor, Tensor]: rows (n, fan_in), and how often each counts (n,).
+        tuple[Tensor, Tensor]: rows (n, fan_in), class tokens first, and how often each counts
+        (n,).
     """
     count = count if x.dim() == 3 else 0
     rows = layer.input_rows(x[:, count:] if count else x, generator, limit)
@@ -36,3 +31,80 @@ def weighted_rows(layer, x, count, generator, limit):
         rows = torch.cat([first, rows])
         weights = torch.cat([torch.full_like(first[:, 0], weight), weights])
     return rows, weights
+
+
+def without_own(layer, x):
+    """A layer's input (B, N, C) without the tokens that have a quantizer of their own."""
+    own = layer.token_quantizer
+    return x if own is None or x.dim() != 3 else x[:, own.tokens:]
+
+
+class TokenRows(PerImage):
+    """Gathers class tokens for the quantizers of their own; use as `Observer`.
+
+    Args:
+        model (nn.Module): a quantized model; quantizers are switched off.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        super().__init__(0)  # nothing is drawn
+        self.layers = {}  # layer name -> tokens (n, tokens, C) in the end, None without any
+
+    def __enter__(self):
+        set_quantization(self.model, False, False)
+        self._handles = [layer.register_forward_pre_hook(self._see(name))
+                         for name, layer in layers_with_own(self.model).items()]
+        return self
+
+    def __exit__(self, error, *_):
+        for handle in self._handles:
+            handle.remove()
+        if error is None:
+            self.layers = {name: self._settled(found) for name, found in self.layers.items()}
+
+    def _see(self, name):
+        found = self.layers[name] = []  # (image, tokens)
+
+        def hook(layer, args):
+            x = args[0].detach()
+            if x.dim() == 3 and x.numel():
+                found.append((self._image, x[:, :layer.token_quantizer.tokens].float().cpu()))
+
+        return hook
+
+    @staticmethod
+    def _settled(found):
+        """Those of all processes, in the order of images."""
+        found = sorted((one for part in parallel.gather(found) for one in part),
+                       key=lambda one: one[0])
+        return torch.cat([tokens for _, tokens in found]) if found else None
+
+
+def layers_with_own(model):
+    """Layers whose first tokens may have a quantizer of their own, by name."""
+    return {name: module for name, module in model.named_modules()
+            if getattr(module, 'token_quantizer', None) is not None}
+
+
+@torch.no_grad()
+def calibrate_tokens(model, seen):
+    """Set the quantizers of class tokens, where they serve these better than the layer's own.
+
+    That is where the layer's output has the smaller squared error; elsewhere (behind a GELU a
+    logarithmic grid may do better) they stay without scales, and class tokens are quantized like
+    all others.
+
+    Args:
+        model (nn.Module): whose input quantizers are calibrated.
+        seen (dict[str, Tensor]): class tokens by layer, see `TokenRows`.
+    """
+    for name, layer in layers_with_own(model).items():
+        own, shared = layer.token_quantizer, layer.input_quantizer
+        if seen.get(name) is None or not shared.calibrated:
+            continue
+        tokens, weight = seen[name].to(layer.weight), layer.weight_rows()
+        error = (shared.fake_quantize(tokens) - tokens) @ weight.t()
+        own.calibrated = bool(
+            own.fit(tokens, weight, layer.channel_widths()).sum()
+            < error.square().mean((0, 2)).sum())

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from .. import parallel
+from ..models.class_tokens import class_token_counts
 from ..modules import QuantLayer, set_quantization
 from ..quantizers import least_squares
-from .class_tokens import prefixes, weighted_rows
+from .class_tokens import weighted_rows
 from .noise import PerImage
 
 MAX_FAN_IN = 4096  # moments of wider layers would take more than memory and time are worth
@@ -86,7 +87,7 @@ class MomentObserver(PerImage):
 
     def __init__(self, model, chains, activations, rows=1024, seed=0):
         self.model, self.activations, self.rows = model, activations, rows
-        self.prefix = prefixes(chains)
+        self.prefix = class_token_counts(chains)
         super().__init__(seed)
         self.layers = {}  # layer name -> Moments
 
@@ -115,11 +116,21 @@ class MomentObserver(PerImage):
                 return
             rows, weights = weighted_rows(
                 layer, x, self.prefix.get(layer, 0), self.generator(name), self.rows)
-            quantizer = layer.input_quantizer
-            quantized = quantizer.fake_quantize(rows) if quantizer.calibrated else rows
-            moments.add(rows, quantized, weights)
+            moments.add(rows, _quantized(layer, rows, x), weights)
 
         return hook
+
+
+def _quantized(layer, rows, x):
+    """Rows of the input `x`, class tokens first, as the layer's quantizers leave them."""
+    shared, own = layer.input_quantizer, layer.token_quantizer
+    if not shared.calibrated:
+        return rows
+    quantized = shared.fake_quantize(rows)
+    if own is not None and own.calibrated and x.dim() == 3:
+        tokens = layer.quantized_tokens(x[:, :own.tokens], own.fake_quantize).flatten(0, 1)
+        quantized[:len(tokens)] = tokens
+    return quantized
 
 
 @torch.no_grad()

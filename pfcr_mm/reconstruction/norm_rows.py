@@ -2,9 +2,10 @@
 import torch
 
 from .. import parallel
+from ..models.class_tokens import class_token_counts
 from ..models.reparam import post_norm_pairs
 from ..modules import set_quantization
-from .class_tokens import prefixes, weighted_rows
+from .class_tokens import weighted_rows, without_own
 from .noise import PerImage
 
 
@@ -19,7 +20,7 @@ class NormRows(PerImage):
     """
 
     def __init__(self, model, chains, rows=32, seed=0):
-        self.model, self.rows, self.prefix = model, rows, prefixes(chains)
+        self.model, self.rows, self.prefix = model, rows, class_token_counts(chains)
         super().__init__(seed)
         self.layers = {}  # layer name -> (rows (n, channels), weights (n,)), in the end
 
@@ -42,9 +43,10 @@ class NormRows(PerImage):
 
         def hook(layer, args):
             if args[0].numel():
+                own = layer.token_quantizer
                 rows, weights = weighted_rows(
-                    layer, args[0].detach(), self.prefix.get(layer, 0), self.generator(name),
-                    self.rows)
+                    layer, without_own(layer, args[0].detach()),
+                    0 if own else self.prefix.get(layer, 0), self.generator(name), self.rows)
                 found.append((self._image, rows.float().cpu(), weights.float().cpu()))
 
         return hook

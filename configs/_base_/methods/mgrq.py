@@ -1,7 +1,9 @@
 """MGRQ (arXiv 2406.09229): blocks, with the final output and every layer inside as guides."""
 method = 'MGRQ'
 model = dict(
-    quant=dict(rounding='adaround', softmax=dict(kind='log_sqrt2', granularity='tensor')))
+    quant=dict(
+        rounding='adaround', softmax=dict(kind='log_sqrt2', granularity='tensor'),
+        class_tokens='shared'))
 quantize_cfg = dict(
     calibration=dict(method='percentile'), levels=['block'], head_levels=['chain'],
     pos=dict(mode='off'),
