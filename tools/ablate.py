@@ -19,6 +19,7 @@ may name its values: `pos=off,quantizer`. Axes and values:
     values      balanced, plain (attention's values against the output projection)
     heads       turned, plain (queries, keys and values within a head)
     means       centred, plain (keys and values)
+    tokens      own, shared (quantizers of class tokens; needs a classifier that has them)
     padding     moved, zero (as published code has it; needs windows that are padded)
     zero_point  integer, fractional (as published code has it)
     traversal   post_order, level_order
@@ -143,6 +144,7 @@ AXES = dict(
     values=Axis('model.quant.balance_values', dict(balanced=True, plain=False)),
     heads=Axis('model.quant.rotate_heads', dict(turned=True, plain=False)),
     means=Axis('model.quant.centre_heads', dict(centred=True, plain=False)),
+    tokens=Axis('model.quant.class_tokens', ['own', 'shared']),
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),
     traversal=Axis('quantize_cfg.traversal', ['post_order', 'level_order']))

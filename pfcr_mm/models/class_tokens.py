@@ -21,14 +21,14 @@ def give_token_quantizers(chains):
     Args:
         chains (dict[str, Chain]): of a converted model.
     """
-    for layer in _layers_of_blocks(chains):
-        spec = replace(layer.input_quantizer.spec, kind='uniform', granularity='tensor', shift=0.0)
-        layer.token_quantizer = TokenQuantizer(
-            spec, class_token_counts(chains)[layer], layer.in_features)
+    for chain in chains.values():
+        for leaf in chain.leaves if chain.prefix_tokens else ():
+            for root in leaf.modules if leaf.block is not None else ():
+                for layer in root.modules():
+                    if isinstance(layer, QuantLinear):
+                        layer.token_quantizer = _quantizer_of(layer, chain.prefix_tokens)
 
 
-def _layers_of_blocks(chains):
-    return [module for chain in chains.values() if chain.prefix_tokens
-            for leaf in chain.leaves if leaf.block is not None
-            for root in leaf.modules for module in root.modules()
-            if isinstance(module, QuantLinear)]
+def _quantizer_of(layer, tokens):
+    spec = replace(layer.input_quantizer.spec, kind='uniform', granularity='tensor', shift=0.0)
+    return TokenQuantizer(spec, tokens, layer.in_features)

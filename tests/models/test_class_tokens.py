@@ -9,6 +9,7 @@ from tiny_classifiers import build_classifier, pictures
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models import part_chains, reparameterise
 from pfcr_mm.models.checkpoint import load_quantized, read_checkpoint, save_quantized
+from pfcr_mm.models.manifest import build_manifest
 from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs
 from pfcr_mm.modules import QuantLinear, set_quantization
 from pfcr_mm.quantizers import TokenQuantizer
@@ -145,7 +146,6 @@ def test_a_layer_that_shares_is_not_called_unreached():
     for layer in model.modules():
         if isinstance(layer, QuantLinear) and layer.token_quantizer is not None:
             layer.token_quantizer.calibrated = False
-    from pfcr_mm.models.manifest import build_manifest
     assert not [e for e in build_manifest(model)['layers'] if e['skipped_reason']]
 
 
