@@ -31,4 +31,4 @@ def give_token_quantizers(chains):
 
 def _quantizer_of(layer, tokens):
     spec = replace(layer.input_quantizer.spec, kind='uniform', granularity='tensor', shift=0.0)
-    return TokenQuantizer(spec, tokens, layer.in_features)
+    return TokenQuantizer(spec, tokens, layer.in_features, layer.out_features)

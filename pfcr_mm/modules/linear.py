@@ -10,29 +10,17 @@ class QuantLinear(QuantLayer, nn.Linear):
     """`nn.Linear` with a quantized weight (out, in) and input (..., in).
 
     Of a sequence (B, N, in) the first tokens may have a quantizer of their own,
-    `token_quantizer`; the input quantizer is for the others then.
+    `token_quantizer`, with a bias; the input quantizer and `bias` are for the others then.
     """
 
     def forward(self, x):
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
-
-    def quantized_input(self, x):
-        """The input that the forward pass uses."""
-        own = self.token_quantizer
+        own, weight = self.token_quantizer, self.quantized_weight()
         if own is None or not own.enabled or x.dim() != 3:
-            return self.input_quantizer(x)
+            return F.linear(self.input_quantizer(x), weight, self.bias)
         tokens, others = x[:, :own.tokens], x[:, own.tokens:]
-        return torch.cat([self.quantized_tokens(tokens, own), self.input_quantizer(others)], 1)
-
-    def quantized_tokens(self, tokens, quantize):
-        """The first tokens (B, n, in) as the forward pass uses them.
-
-        Args:
-            tokens (Tensor): (B, n, in).
-            quantize (Callable): the token quantizer, or a method of it.
-        """
-        own, widths = self.token_quantizer, self.channel_widths()
-        return own.from_grid(quantize(own.to_grid(tokens, widths)), widths)
+        return torch.cat([
+            F.linear(own.about_centre(tokens, self.channel_widths()), weight) + own.bias,
+            F.linear(self.input_quantizer(others), weight, self.bias)], 1)
 
     def channel_widths(self):
         """Steps of a channel-wise input quantizer by their mean (in,); None for one step."""

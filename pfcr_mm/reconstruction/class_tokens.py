@@ -106,5 +106,5 @@ def calibrate_tokens(model, seen):
         tokens, weight = seen[name].to(layer.weight), layer.weight_rows()
         error = (shared.fake_quantize(tokens) - tokens) @ weight.t()
         own.calibrated = bool(
-            own.fit(tokens, weight, layer.channel_widths()).sum()
+            own.fit(tokens, weight, layer.bias, layer.channel_widths()).sum()
             < error.square().mean((0, 2)).sum())

@@ -20,22 +20,30 @@ ROWS_AN_INPUT = 8  # with fewer a fit learns the rows by heart, and fresh ones l
 
 @dataclass
 class Moments:
-    """Sums over weighted input rows x and their quantized values x^ (n, fan_in), in double."""
+    """Sums over weighted input rows x and their quantized values x^ (n, fan_in), in double.
+
+    Rows about a centre, those of class tokens that have a bias of their own, count in the second
+    moments alone.
+    """
 
     rows: int = 0
     weight: float = 0.0
+    centred: float = 0.0  # the part of `weight` that rows about a centre have
     mean: torch.Tensor = 0.0
     quantized_mean: torch.Tensor = 0.0
     gram: torch.Tensor = 0.0  # x^ x^T
     cross: torch.Tensor = 0.0  # x x^T, float by quantized; None where it is not wanted
 
-    def add(self, rows, quantized, weights):
-        """Add rows, each counted `weights` (n,) times."""
+    def add(self, rows, quantized, weights, centred=False):
+        """Add rows, each counted `weights` (n,) times; `centred` where they are about a centre."""
         rows, quantized, weights = rows.double(), quantized.double(), weights.double()
         weighted = quantized * weights[:, None]
         self.rows += len(rows)
-        found = dict(weight=weights.sum(), mean=weights @ rows, quantized_mean=weighted.sum(0),
-                     gram=weighted.t() @ quantized)
+        found = dict(weight=weights.sum(), gram=weighted.t() @ quantized)
+        if centred:
+            found['centred'] = weights.sum()
+        else:
+            found.update(mean=weights @ rows, quantized_mean=weighted.sum(0))
         if self.cross is not None:
             found['cross'] = rows.t() @ weighted
         for name, value in found.items():
@@ -45,13 +53,15 @@ class Moments:
     def settle(self):
         """End of the stream: means over the rows of all processes."""
         self.rows = parallel.total(self.rows)
-        names = ['mean', 'quantized_mean', 'gram', *(['cross'] if self.cross is not None else [])]
-        for name in ('weight', *names):
+        means = ['mean', 'quantized_mean']
+        names = [*means, 'gram', *(['cross'] if self.cross is not None else [])]
+        for name in ('weight', 'centred', *names):
             value = getattr(self, name)
             setattr(self, name, parallel.total(value.cpu() if torch.is_tensor(value) else value))
         if self.rows:
             for name in names:
-                setattr(self, name, getattr(self, name) / self.weight)
+                weight = self.weight - self.centred if name in means else self.weight
+                setattr(self, name, getattr(self, name) / weight)
 
     def of(self, layer):
         """(mean, quantized mean, gram, cross) for a layer, on its device.
@@ -67,10 +77,11 @@ class Moments:
         # what rows of float32 cannot tell from zero counts as noise of the inputs
         floor = 1e-5 * gram.diagonal().mean() * torch.eye(
             len(gram), dtype=gram.dtype, device=gram.device)
+        share = 1 - self.centred / self.weight  # of rows that have a mean
         if cross is not None:
-            cross = cross - torch.outer(mean, quantized_mean) + floor
-        return (mean, quantized_mean, gram - torch.outer(quantized_mean, quantized_mean) + floor,
-                cross)
+            cross = cross - share * torch.outer(mean, quantized_mean) + floor
+        return (mean, quantized_mean,
+                gram - share * torch.outer(quantized_mean, quantized_mean) + floor, cross)
 
 
 class MomentObserver(PerImage):
@@ -114,23 +125,20 @@ class MomentObserver(PerImage):
             x = args[0]
             if x.numel() == 0:
                 return
-            rows, weights = weighted_rows(
-                layer, x, self.prefix.get(layer, 0), self.generator(name), self.rows)
-            moments.add(rows, _quantized(layer, rows, x), weights)
+            count = self.prefix.get(layer, 0) if x.dim() == 3 else 0
+            rows, weights = weighted_rows(layer, x, count, self.generator(name), self.rows)
+            quantizer, own = layer.input_quantizer, layer.token_quantizer
+            first = len(x) * count if own is not None and own.calibrated else 0
+            if first:
+                tokens, widths = x[:, :count], layer.channel_widths()
+                moments.add(*(own.about_centre(tokens, widths, quantize).flatten(0, 1)
+                              for quantize in (torch.clone, own.fake_quantize)),
+                            weights[:first], centred=True)
+            rows, weights = rows[first:], weights[first:]
+            quantized = quantizer.fake_quantize(rows) if quantizer.calibrated else rows
+            moments.add(rows, quantized, weights)
 
         return hook
-
-
-def _quantized(layer, rows, x):
-    """Rows of the input `x`, class tokens first, as the layer's quantizers leave them."""
-    shared, own = layer.input_quantizer, layer.token_quantizer
-    if not shared.calibrated:
-        return rows
-    quantized = shared.fake_quantize(rows)
-    if own is not None and own.calibrated and x.dim() == 3:
-        tokens = layer.quantized_tokens(x[:, :own.tokens], own.fake_quantize).flatten(0, 1)
-        quantized[:len(tokens)] = tokens
-    return quantized
 
 
 @torch.no_grad()

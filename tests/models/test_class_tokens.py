@@ -16,11 +16,13 @@ from pfcr_mm.quantizers import TokenQuantizer
 from pfcr_mm.reconstruction import (
     MomentObserver,
     TokenRows,
+    UnitConfig,
     calibrate,
     calibrate_tokens,
     harden,
     observe,
 )
+from pfcr_mm.reconstruction.learned_parameters import LearnedParameters
 
 BITS = dict(weight_bits=4, activation_bits=4)
 
@@ -55,31 +57,48 @@ def test_shared_is_what_is_not_asked_for():
         build_classifier('vit', **BITS, class_tokens='both')
 
 
-def test_class_tokens_have_less_noise_patches_the_same():
-    own, shared = calibrated(class_tokens='own'), calibrated(class_tokens='shared')
-    inputs = {}
+def inputs_of(model, x):
+    """What each linear layer of a block reads, by name."""
+    found = {}
     handles = [m.register_forward_pre_hook(
-        lambda layer, args, name=name: inputs.__setitem__(name, args[0]))
-        for name, m in shared.named_modules() if isinstance(m, QuantLinear)]
-    set_quantization(shared, False, False)
-    shared(pictures('vit', 16))
+        lambda layer, args, name=name: found.__setitem__(name, args[0]))
+        for name, m in model.named_modules() if isinstance(m, QuantLinear) and '.blocks.' in name]
+    model(x)
     for handle in handles:
         handle.remove()
-    set_quantization(shared, False, True)
+    return found
+
+
+def test_class_tokens_have_less_noise_patches_the_same():
+    model = calibrated(class_tokens='own')
+    set_quantization(model, False, False)
+    inputs = inputs_of(model, pictures('vit', 16))
+    set_quantization(model, False, True)
     better = 0
     for name, x in inputs.items():
-        if '.blocks.' not in name:
-            continue
-        layer, other = own.get_submodule(name), shared.get_submodule(name)
-        assert layer.token_quantizer.enabled is layer.token_quantizer.calibrated
-        found = layer.quantized_input(x)
-        assert torch.equal(found[:, 1:], layer.input_quantizer(x[:, 1:]))
-        errors = [((m.quantized_input(x) - x)[:, :1] @ m.weight.t()).square().mean()
-                  for m in (layer, other)]
-        assert errors[0] <= 1.001 * ((layer.input_quantizer(x) - x)[:, :1]
-                                     @ layer.weight.t()).square().mean()
+        layer = model.get_submodule(name)
+        own = layer.token_quantizer
+        assert own.enabled is own.calibrated
+        found = layer(x)
+        exact, shared = (torch.nn.functional.linear(q, layer.weight, layer.bias)
+                         for q in (x, layer.input_quantizer(x)))
+        torch.testing.assert_close(found[:, 1:], shared[:, 1:])
+        errors = [(y - exact)[:, 0].square().mean() for y in (found, shared)]
+        assert errors[0] <= 1.001 * errors[1]
         better += bool(errors[0] < 0.5 * errors[1])
     assert better >= 8  # of 16
+
+
+def test_an_error_of_weights_does_not_meet_the_centre():
+    model = calibrated(class_tokens='own')
+    x = inputs_of(model, pictures('vit', 16))['backbone.blocks.1.attn.qkv']
+    layer = model.backbone.blocks[1].attn.qkv
+    before = layer(x)
+    layer.weight.add_(0.1)
+    moved = layer(x) - before
+    own = layer.token_quantizer.about_centre(x[:, :1], layer.channel_widths())
+    expected = 0.1 * own.sum(-1, keepdim=True).expand(-1, -1, moved.shape[-1])
+    torch.testing.assert_close(moved[:, :1], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_fold_keeps_codes_of_class_tokens():
@@ -98,25 +117,33 @@ def test_the_fold_keeps_codes_of_class_tokens():
 
 def test_fits_of_weights_see_what_the_layer_sees():
     model = calibrated(class_tokens='own')
-    chains = part_chains(model)[0]
-    with MomentObserver(model, chains, activations=False, rows=10**6) as seen:
-        model(pictures('vit', 4))
+    with MomentObserver(model, part_chains(model)[0], activations=False, rows=10**6) as seen:
+        x = inputs_of(model, pictures('vit', 4))
     name = 'backbone.blocks.2.mlp.fc1'
-    layer, x = model.get_submodule(name), None
+    layer, x, found = model.get_submodule(name), x[name], seen.layers[name]
     assert layer.token_quantizer.calibrated
-
-    def keep(layer, args):
-        nonlocal x
-        x = args[0]
-
-    handle = layer.register_forward_pre_hook(keep)
-    model(pictures('vit', 4))
-    handle.remove()
     set_quantization(model, False, True)
-    quantized = layer.quantized_input(x).double()
-    first, others = quantized[:, :1].flatten(0, 1), quantized[:, 1:].flatten(0, 1)
-    mean = 0.1 * first.mean(0) + 0.9 * others.mean(0)  # class tokens count for a tenth
-    torch.testing.assert_close(seen.layers[name].quantized_mean, mean, rtol=1e-4, atol=1e-5)
+    own = layer.token_quantizer
+    first = [(x[:, 0] - own.centre).double(), own.about_centre(x[:, :1])[:, 0].double()]
+    others = [rows[:, 1:].flatten(0, 1).double() for rows in (x, layer.input_quantizer(x))]
+    mean, quantized_mean, gram, cross = found.of(layer)
+    torch.testing.assert_close(mean, others[0].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantized_mean, others[1].mean(0), rtol=1e-4, atol=1e-5)
+    others = [rows - rows.mean(0) for rows in others]
+    for value, (left, right) in ((gram, (1, 1)), (cross, (0, 1))):  # class tokens are a tenth
+        expected = (0.1 * first[left].t() @ first[right] / len(first[0])
+                    + 0.9 * others[left].t() @ others[right] / len(others[0]))
+        off = value - expected  # and a floor on the diagonal
+        assert off.abs().max() < 1e-3 * expected.abs().max()
+
+
+def test_biases_of_class_tokens_learn():
+    model = calibrated(class_tokens='own')
+    layer = model.backbone.blocks[0].attn.qkv
+    learned = LearnedParameters([layer], UnitConfig(iters=1), 'float')
+    with learned:
+        assert any(p is layer.token_quantizer.bias for p in learned.parameters)
+        assert any(p is layer.token_quantizer.log_scale for p in learned.parameters)
 
 
 def test_checkpoint_round_trip_and_its_config(tmp_path):
