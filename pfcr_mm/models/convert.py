@@ -40,9 +40,9 @@ class QuantConfig:
             since the steps of 'log2' do not become smaller with bits; `overrides` keep the kind.
         post_gelu (dict | None): the same of inputs that come from a GELU, per tensor; None
             treats them like all others.
+        matmul_granularity (str): 'head' or 'tensor', for q, k and v.
         class_tokens (str): 'own' gives class tokens a quantizer of their own in the linear layers
             of blocks, see `TokenQuantizer`; 'shared' treats them like all other tokens.
-        matmul_granularity (str): 'head' or 'tensor', for q, k and v.
         include, exclude (list[str]): name patterns (fnmatch) of layers.
         overrides (list[dict]): dict(pattern, weight_bits, activation_bits); the last
             match wins, also over `first_last_bits`.
@@ -65,8 +65,8 @@ class QuantConfig:
     activation_symmetric: bool = False
     softmax: dict = field(default_factory=dict)
     post_gelu: dict | None = field(default_factory=dict)
-    class_tokens: str = 'shared'
     matmul_granularity: str = 'head'
+    class_tokens: str = 'shared'
     include: list = field(default_factory=lambda: ['*'])
     exclude: list = field(default_factory=list)
     overrides: list = field(default_factory=list)
