@@ -101,16 +101,17 @@ def test_an_error_of_weights_does_not_meet_the_centre():
     torch.testing.assert_close(moved[:, :1], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_the_fold_keeps_codes_of_class_tokens():
-    model = calibrated(channelwise=True, class_tokens='own')
+@pytest.mark.parametrize('kind', ['vit', 'deit'])  # one class token, and two
+def test_the_fold_keeps_codes_of_class_tokens(kind):
+    model = calibrated(kind, channelwise=True, class_tokens='own')
     model.double()
     for _, layer, _ in post_norm_pairs(model):  # channels learn: their widths are not the first
         layer.input_quantizer.log_scale.add_(
             0.2 * torch.randn(layer.input_quantizer.log_scale.shape, dtype=torch.float64,
                               generator=torch.Generator().manual_seed(1)))
-    x = pictures('vit').double()
+    x = pictures(kind).double()
     before = model(x)
-    assert len(reparameterise(model)) == 8
+    assert len(reparameterise(model)) == 2 * len(model.backbone.blocks)
     assert all(layer.channel_widths() is None for _, layer, _ in post_norm_pairs(model))
     torch.testing.assert_close(model(x), before, rtol=0, atol=1e-9)
 
