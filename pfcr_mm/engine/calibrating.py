@@ -40,11 +40,11 @@ class Calibrating:
         self._fold_heads()
         if self.model.quant_config.reparam:
             make_channelwise(self.model)
-        tokens = TokenRows(self.model)
-        self._search_scales(
-            self.model, activations=True, beside=[tokens] if layers_with_own(self.model) else [])
-        calibrate_tokens(self.model, tokens.layers)
-        self._make_equal(self.model)
+        beside = [TokenRows(self.model)] if layers_with_own(self.model) else []
+        self._search_scales(self.model, activations=True, beside=beside)
+        for tokens in beside:
+            calibrate_tokens(self.model, tokens.layers)
+            self._make_equal(self.model)
         if self.calibration['fit_norms']:
             self._fit_norms()
         if self.calibration['compensate'] is not None:

@@ -1,9 +1,7 @@
 """Class tokens in calibration: rows that count as more than one in hundreds; own quantizers."""
 import torch
 
-from .. import parallel
-from ..modules import set_quantization
-from .noise import PerImage
+from .layer_rows import LayerRows
 
 PREFIX_SHARE = 0.1  # of class tokens in all rows, whatever the number of patches
 
@@ -39,46 +37,17 @@ def without_own(layer, x):
     return x if own is None or x.dim() != 3 else x[:, own.tokens:]
 
 
-class TokenRows(PerImage):
+class TokenRows(LayerRows):
     """Gathers class tokens for the quantizers of their own; use as `Observer`.
 
-    Args:
-        model (nn.Module): a quantized model; quantizers are switched off.
+    Of a layer (tokens (n, tokens, C), ).
     """
 
-    def __init__(self, model):
-        self.model = model
-        super().__init__(0)  # nothing is drawn
-        self.layers = {}  # layer name -> tokens (n, tokens, C) in the end, None without any
+    def readers(self):
+        return layers_with_own(self.model)
 
-    def __enter__(self):
-        set_quantization(self.model, False, False)
-        self._handles = [layer.register_forward_pre_hook(self._see(name))
-                         for name, layer in layers_with_own(self.model).items()]
-        return self
-
-    def __exit__(self, error, *_):
-        for handle in self._handles:
-            handle.remove()
-        if error is None:
-            self.layers = {name: self._settled(found) for name, found in self.layers.items()}
-
-    def _see(self, name):
-        found = self.layers[name] = []  # (image, tokens)
-
-        def hook(layer, args):
-            x = args[0].detach()
-            if x.dim() == 3 and x.numel():
-                found.append((self._image, x[:, :layer.token_quantizer.tokens].float().cpu()))
-
-        return hook
-
-    @staticmethod
-    def _settled(found):
-        """Those of all processes, in the order of images."""
-        found = sorted((one for part in parallel.gather(found) for one in part),
-                       key=lambda one: one[0])
-        return torch.cat([tokens for _, tokens in found]) if found else None
+    def tensors_of(self, name, layer, x):
+        return (x[:, :layer.token_quantizer.tokens], ) if x.dim() == 3 else ()
 
 
 def layers_with_own(model):
@@ -97,13 +66,14 @@ def calibrate_tokens(model, seen):
 
     Args:
         model (nn.Module): whose input quantizers are calibrated.
-        seen (dict[str, Tensor]): class tokens by layer, see `TokenRows`.
+        seen (dict[str, tuple[Tensor]]): class tokens by layer, see `TokenRows`.
     """
     for name, layer in layers_with_own(model).items():
         own, shared = layer.token_quantizer, layer.input_quantizer
         if seen.get(name) is None or not shared.calibrated:
             continue
-        tokens, weight = seen[name].to(layer.weight), layer.weight_rows()
+        (tokens, ), weight = seen[name], layer.weight_rows()
+        tokens = tokens.to(layer.weight)
         error = (shared.fake_quantize(tokens) - tokens) @ weight.t()
         own.calibrated = bool(
             own.fit(tokens, weight, layer.bias, layer.channel_widths()).sum()

@@ -58,9 +58,8 @@ class LearnedParameters:
                     if not own and not layer.rounding.of_one_scale:
                         add(layer.weight_quantizer.log_scale, config.weight_scale_lr)
                 add(layer.bias, config.bias_lr)
-                own = layer.token_quantizer
-                if own is not None and own.enabled:
-                    add(own.bias, config.bias_lr)
+                if layer.token_quantizer is not None and layer.token_quantizer.enabled:
+                    add(layer.token_quantizer.bias, config.bias_lr)
             elif isinstance(layer, torch.nn.LayerNorm):
                 add(layer.weight, config.norm_lr)
                 add(layer.bias, config.norm_lr)
