@@ -1,7 +1,7 @@
 """Every layer: bits, scales, what rounding did to its weight, its local error."""
 import torch
 
-from ..models.manifest import build_manifest
+from ..models.manifest import layer_entries
 from ..modules import QuantLayer
 from .noise import plain_db, sqnr_db
 
@@ -17,12 +17,12 @@ def layers(model, twin, local):
             against that of the float layer for the same input.
 
     Returns:
-        list[dict]: name, kind, weight_bits, activation_bits, skipped_reason, sqnr_db
-        (None where no data came by), and for layers with a weight: see `weight_facts`.
+        list[dict]: see `layer_entries`, and sqnr_db (None where no data came by), and for
+        layers with a weight: see `weight_facts`.
     """
     own, twins = dict(model.named_modules()), dict(twin.named_modules())
     found = []
-    for record in build_manifest(model)['layers']:
+    for record in layer_entries(model):
         entry = dict(record, sqnr_db=None)
         noise = local.get(record['name'])
         if noise is not None and noise.signal + noise.noise > 0:

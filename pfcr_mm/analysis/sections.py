@@ -322,12 +322,17 @@ def layers(report):
                 return quantizers[f"{entry['name']}.{end}"]
         return {}
 
+    def grid_of(entry):
+        """The kind of that quantizer, and whether class tokens have another one."""
+        kind = input_of(entry).get('kind')
+        return f'{kind}, class tokens own' if entry.get('class_tokens') == 'own' else kind
+
     section.tables.append(Table(
         'layers-all', 'Every layer', ['layer', 'kind', 'weight bits', 'input bits', 'input grid',
                                       'input scale', 'largest weight scale', 'local SQNR (dB)',
                                       'not quantized'],
         [[text(e['name']), text(e['kind']), number(e['weight_bits'], 0),
-          number(e['activation_bits'], 0), text(input_of(e).get('kind')),
+          number(e['activation_bits'], 0), text(grid_of(e)),
           brief(input_of(e).get('scale_max')),
           brief(e.get('scale_max')), number(e.get('sqnr_db'), 1), text(e['skipped_reason'])]
          for e in entries]))

@@ -23,3 +23,20 @@ def build_manifest(detector):
         if not (quantizer.calibrated or isinstance(quantizer, TokenQuantizer)):
             layer['skipped_reason'] = UNREACHED
     return dict(format=FORMAT, quant=detector.quant_config.as_dict(), layers=layers)
+
+
+def layer_entries(detector):
+    """The manifest's layers and what calibration decided for their class tokens.
+
+    Returns:
+        list[dict]: layers of `build_manifest`; those that may quantize class tokens apart have
+        a key class_tokens, 'own' where they do so, 'shared' where the layer's own grid has the
+        smaller error.
+    """
+    modules = dict(detector.named_modules())
+    layers = build_manifest(detector)['layers']
+    for layer in layers:
+        quantizer = getattr(modules.get(layer['name']), 'token_quantizer', None)
+        if quantizer is not None:
+            layer['class_tokens'] = 'own' if quantizer.calibrated else 'shared'
+    return layers

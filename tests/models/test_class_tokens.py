@@ -9,7 +9,7 @@ from tiny_classifiers import build_classifier, pictures
 from pfcr_mm.errors import UsageError
 from pfcr_mm.models import part_chains, reparameterise
 from pfcr_mm.models.checkpoint import load_quantized, read_checkpoint, save_quantized
-from pfcr_mm.models.manifest import build_manifest
+from pfcr_mm.models.manifest import build_manifest, layer_entries
 from pfcr_mm.models.reparam import make_channelwise, post_norm_pairs
 from pfcr_mm.modules import QuantLinear, set_quantization
 from pfcr_mm.quantizers import TokenQuantizer
@@ -175,6 +175,11 @@ def test_a_layer_that_shares_is_not_called_unreached():
         if isinstance(layer, QuantLinear) and layer.token_quantizer is not None:
             layer.token_quantizer.calibrated = False
     assert not [e for e in build_manifest(model)['layers'] if e['skipped_reason']]
+    choices = [e['class_tokens'] for e in layer_entries(model) if 'class_tokens' in e]
+    assert choices == 4 * 4 * ['shared']
+    model.backbone.blocks[0].mlp.fc1.token_quantizer.calibrated = True
+    assert {e['name'] for e in layer_entries(model) if e.get('class_tokens') == 'own'} == {
+        'backbone.blocks.0.mlp.fc1'}
 
 
 def test_copies_are_apart():

@@ -67,6 +67,26 @@ def test_report(run):
     assert 'accuracy in percent' in lines[2]
 
 
+def test_reports_say_which_layers_quantize_class_tokens_apart(run):
+    """All linear layers of blocks may; matmuls and the ends of the network may not."""
+    folder, *_ = run
+    report = json.loads((folder / 'report.json').read_text())
+    state = torch.load(folder / 'quantized.pth', weights_only=True)['state_dict']
+    wanted = {
+        name: 'own' if f'{name}.token_quantizer.log_scale' in state else 'shared'
+        for name in (f'backbone.blocks.{block}.{layer}' for block in range(4)
+                     for layer in ('attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'))}
+    assert 'own' in wanted.values()
+    for layers in (report['layers'], report['diagnostics']['layers']):
+        assert {e['name']: e['class_tokens'] for e in layers if 'class_tokens' in e} == wanted
+    lines = (folder / 'report.md').read_text().splitlines()
+    for name, choice in wanted.items():
+        assert any(line.startswith(f'| {name} |') and line.endswith(f'| {choice} |')
+                   for line in lines)
+    page = (folder / 'report.html').read_text()
+    assert page.count(', class tokens own') == list(wanted.values()).count('own')
+
+
 def test_the_page_leaves_out_what_a_classifier_has_not(run):
     folder, *_ = run
     text = (folder / 'report.html').read_text()

@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from ... import parallel
 from ...files import write_atomically
 from ...models.fit import MOVED
-from ...models.manifest import build_manifest
+from ...models.manifest import layer_entries
 from ...registry import HOOKS
 from ..fingerprint import fingerprint
 from ..loops import CHECKPOINT
@@ -52,7 +52,7 @@ def build_report(runner):
     """
     loop = runner.quantize_loop
     model, quant = runner.model, runner.model.quant_config
-    layers = build_manifest(model)['layers']
+    layers = layer_entries(model)
     metrics = {state: split_classes(found) for state, found in loop.all_metrics.items()}
     return dict(
         model=type(model).__name__,
@@ -141,11 +141,13 @@ def markdown(report):
         verdict = 'accepted' if unit['accepted'] else 'restored'
         lines.append(f"| {unit['pos_stage']} | {unit['level']} | {unit['name']} | "
                      f"{unit['loss_before']:.5f} | {unit['loss_after']:.5f} | {verdict} |")
-    lines += ['', '## Layers', '', '| layer | kind | weight bits | input bits | skipped |',
-              '|---|---|---|---|---|']
+    apart = any('class_tokens' in layer for layer in report['layers'])
+    lines += ['', '## Layers', '', '| layer | kind | weight bits | input bits | skipped |'
+              + ' class tokens |' * apart, '|---|---|---|---|---|' + '---|' * apart]
     for layer in report['layers']:
         lines.append(f"| {layer['name']} | {layer['kind']} | {layer['weight_bits'] or ''} | "
-                     f"{layer['activation_bits'] or ''} | {layer['skipped_reason'] or ''} |")
+                     f"{layer['activation_bits'] or ''} | {layer['skipped_reason'] or ''} |"
+                     + f" {layer.get('class_tokens', '')} |" * apart)
     return '\n'.join(lines) + '\n'
 
 
