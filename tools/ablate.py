@@ -144,6 +144,7 @@ AXES = dict(
     values=Axis('model.quant.balance_values', dict(balanced=True, plain=False)),
     heads=Axis('model.quant.rotate_heads', dict(turned=True, plain=False)),
     means=Axis('model.quant.centre_heads', dict(centred=True, plain=False)),
+    queries=Axis('model.quant.centre_queries', dict(centred=True, plain=False)),
     tokens=Axis('model.quant.class_tokens', ['own', 'shared']),
     padding=Axis('model.quant.move_padding', dict(moved=True, zero=False)),
     zero_point=Axis('model.quant.integer_zero_point', dict(integer=True, fractional=False)),

@@ -15,7 +15,7 @@ data_root = '{{$IMAGENET:data/imagenet/}}'
 num_classes = 1000
 model = dict(
     type='pfcr_mm.QuantDetector', arch='pfcr_mm.TimmClassifier', num_classes=num_classes,
-    quant=dict(class_tokens='own'))
+    quant=dict(class_tokens='own', centre_queries=True))
 
 train_dataloader = dict(
     batch_size=64, num_workers=4, sampler=dict(type='DefaultSampler', shuffle=True),

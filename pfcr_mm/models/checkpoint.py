@@ -24,9 +24,11 @@ _ASSET_SCHEME = 'pfcr_mm://'
 _TIMM_SCHEME = 'timm://'
 # Keys of `quant` that say, beside the bits, what codes and scales mean, and what is folded.
 _MEANING = ('weight_symmetric', 'activation_symmetric', 'softmax', 'post_gelu',
-            'class_tokens', 'matmul_granularity', 'balance_values', 'centre_heads', 'rotate_heads')
+            'class_tokens', 'matmul_granularity', 'balance_values', 'centre_heads', 'rotate_heads',
+            'centre_queries')
 # What files say that are older than a key.
-_BEFORE = dict(class_tokens='shared', balance_values=False, centre_heads=False, rotate_heads=False)
+_BEFORE = dict(class_tokens='shared', balance_values=False, centre_heads=False, rotate_heads=False,
+               centre_queries=False)
 
 
 def read_checkpoint(path, trust=False, check=None):

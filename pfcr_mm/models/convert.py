@@ -51,6 +51,7 @@ class QuantConfig:
         centre_heads (bool): take the mean out of keys and values.
         rotate_heads (bool): turn queries, keys and values within a head, so that no channel
             is larger than others. See `head_folds`: all three are exact.
+        centre_queries (bool): quantize queries about their mean, see `QuantMatmul`.
         integer_zero_point (bool): False leaves zero points unrounded after the fold, as
             published code does; for comparison only.
         move_padding (bool): False leaves the padding of windows at zero after the fold, as
@@ -74,6 +75,7 @@ class QuantConfig:
     balance_values: bool = True
     centre_heads: bool = True
     rotate_heads: bool = True
+    centre_queries: bool = False
     integer_zero_point: bool = True
     move_padding: bool = True
 

@@ -14,8 +14,8 @@ from .manifest import UNREACHED
 
 # Buffers that the model computes by itself.
 DERIVED = re.compile(r'.*\.relative_position_index$')
-# Buffers that conversion adds: what folds move.
-MOVED = ('.pad_value', *(f'.{name}' for name in BUFFERS))
+# Buffers that conversion adds: what folds and calibration move.
+MOVED = ('.pad_value', '.left_centre', *(f'.{name}' for name in BUFFERS))
 
 
 def check_float_values(own, state, path):

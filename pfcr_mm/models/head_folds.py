@@ -9,6 +9,9 @@ softmax(q k^T) v, read by the output projection, stays what it is where, in each
 
 Turned by a Hadamard matrix, a large channel is spread over all (QuaRot, arXiv 2404.00456;
 head by head: GLF-Q). The folds are made once, before calibration, from a few images.
+
+Queries cannot lose their mean, which tells keys apart: it becomes the centre about which they
+are quantized.
 """
 import math
 from dataclasses import dataclass
@@ -41,6 +44,11 @@ class FreeHeads:
     proj: nn.Module | None
 
     @property
+    def centre(self):
+        """Tensor | None: (heads, 1, channels) that queries are quantized about."""
+        return None if self.tables is None else self.attention.matmul_qk.left_centre
+
+    @property
     def folded(self):
         """dict[str, Tensor]: those of `BUFFERS` that the attention has."""
         return {key: getattr(self.attention, key) for key in BUFFERS
@@ -70,6 +78,8 @@ def let_heads_fold(model, quant):
             module.register_buffer('value_ratio', width + 1)
         if quant.rotate_heads:
             module.register_buffer('turned', width.new_zeros(()))
+        if quant.centre_queries and found.tables is not None:
+            module.matmul_qk.give_centre(len(width) // module.num_heads)
 
 
 def _freedom(module):
@@ -97,14 +107,14 @@ def _is_linear(layer):
 
 def free_heads(model):
     """All `FreeHeads` of a model by the name of their attention."""
-    found = {name: _freedom(module) for name, module in model.named_modules()
-             if any(key in module._buffers for key in BUFFERS)}
-    return {name: free for name, free in found.items() if free is not None}
+    found = {name: _freedom(module) for name, module in model.named_modules()}
+    return {name: free for name, free in found.items()
+            if free is not None and (free.folded or free.centre is not None)}
 
 
 @torch.no_grad()
 def fold_heads(model, rows, attended=None):
-    """Fold every attention of a float model, exactly, before calibration.
+    """Fold every attention of a float model, exactly, before calibration; centre its queries.
 
     Keys lose their mean, values what they are where attention attends (`AttendedValues`): so
     the errors of its weights, relative to them, hurt the least. With d the deviation of a
@@ -142,7 +152,16 @@ def fold_heads(model, rows, attended=None):
             fold['turned'] += 1
         _fold(free, fold)
         folds[name] = fold
+        if free.centre is not None and inputs is not None:
+            _centre_queries(free, inputs)
     return folds
+
+
+def _centre_queries(free, inputs):
+    weight, bias = (None if tensor is None else free.third(tensor, 0)
+                    for tensor in (free.qkv.weight, free.qkv.bias))
+    mean = nn.functional.linear(inputs.mean(0).to(weight), weight, bias) * free.attention.scale
+    free.centre.copy_(free.by_head(mean)[:, None])
 
 
 def fold_heads_alike(twin, folds):

@@ -105,31 +105,38 @@ def refine_products(model, samples, rounds):
     """
     for name, sample in samples.items():
         matmul = model.get_submodule(name)
-        operands = matmul.left_quantizer, matmul.right_quantizer
-        if not sample.entries or not all(quantizer.calibrated for quantizer in operands):
+        quantizers = matmul.left_quantizer, matmul.right_quantizer
+        if not sample.entries or not all(quantizer.calibrated for quantizer in quantizers):
             continue  # no data reached it
-        device = operands[0].log_scale.device
+        device = quantizers[0].log_scale.device
         pairs = [(left.to(device), right.to(device)) for left, right in sample.pairs]
         targets = [left @ right for left, right in pairs]
         for turn in range(rounds):
             for side in (0, 1):
-                _refine(operands, side, pairs, targets, again=turn > 0)
+                _refine(matmul, side, pairs, targets, again=turn > 0)
 
 
-def _refine(operands, side, pairs, targets, again):
-    quantizer, other = operands[side], operands[1 - side]
-    others = [other.fake_quantize(pair[1 - side]) for pair in pairs]
+def _refine(matmul, side, pairs, targets, again):
+    quantizer = (matmul.left_quantizer, matmul.right_quantizer)[side]
+
+    def quantized(side, pair):
+        if side == 0:
+            return matmul.quantize_left(pair[0], matmul.left_quantizer.fake_quantize)
+        return matmul.right_quantizer.fake_quantize(pair[1])
+
+    others = [quantized(1 - side, pair) for pair in pairs]
 
     def error():
         """Of the products, with the grid in force; for each scale."""
         total = 0.0
         for pair, known, target in zip(pairs, others, targets):
-            own = quantizer.fake_quantize(pair[side])
+            own = quantized(side, pair)
             product = own @ known if side == 0 else known @ own
             total = total + quantizer.by_scale(product.sub_(target).square_()).sum(1)
         return total
 
-    values = [quantizer.by_scale(pair[side]) for pair in pairs]
+    values = [quantizer.by_scale(pair[1] if side else matmul.about_centre(pair[0]))
+              for pair in pairs]
     low = torch.stack([value.amin(1) for value in values]).amin(0)
     high = torch.stack([value.amax(1) for value in values]).amax(0)
     quantizer.refine_by(error, low, high, again)

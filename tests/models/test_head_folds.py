@@ -147,6 +147,19 @@ def test_turn_by_hand():
     assert proj.bias.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize('turned', [False, True])
+def test_centre_of_queries_by_hand(turned):
+    """(1 - 2 + 1, 3 - 4 + 2) = (0, 1) in the mean, times 2^-1/2; turned (1, -1) times 1/2."""
+    root, qkv, _ = two_channels(centre_queries=True, rotate_heads=turned)
+    before = qkv.bias.clone()
+    assert len(fold_heads(root, ROWS)) == 1
+    centre = root[0].matmul_qk.left_centre
+    assert centre.shape == (1, 1, 2)
+    assert centre.flatten().tolist() == pytest.approx(
+        [0.5, -0.5] if turned else [0, 0.5**0.5], abs=1e-6)
+    assert turned or torch.equal(qkv.bias, before)  # queries stay what they are
+
+
 def test_attended_values_by_hand():
     """Weights 3/4 and 1/4, 1/2 and 1/2 of values 1 and 5: squares of a key sum to 13/16, 5/16."""
     root, *_ = two_channels(centre_heads=True)
@@ -182,6 +195,23 @@ def test_exact_in_a_swin_detector(build_quantized, images):
     folds = fold_by(model, lambda: model.backbone(x))
     assert len(folds) == 8
     assert worst(model.backbone(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_queries_are_quantized_about_their_mean(kind):
+    model, x = unequal(kind, centre_queries=True)
+    model, x = model.double(), x.double()
+    expected = model(x)
+    products = [m.matmul_qk for m in model.modules() if hasattr(m, 'matmul_qk')]
+    before = inputs_of([m.left_quantizer for m in products], lambda: model(x))
+    fold(model, x)
+    after = inputs_of([m.left_quantizer for m in products], lambda: model(x))
+    assert worst([model(x)], [expected]) < 1e-10
+    for old, new in zip(before, after):
+        assert new.square().mean() < 0.8 * old.square().mean()
+        if kind != 'swin':  # there padding counts among what qkv is given
+            assert new.mean((0, 2)).abs().max() < 0.05 * new.std()
+    assert products[0].left_centre.dtype == torch.float64
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -251,6 +281,36 @@ def test_less_error_where_channels_are_unequal(kind):
     assert turned < 0.9 * plain and ours < 0.7 * plain
 
 
+def query_errors(kind, method, **quant):
+    """Squared error of q k^T in each attention, for float inputs, by queries alone."""
+    model, x = unequal(kind, **quant)
+    fold(model, x)
+    with observe(model, 256) as seen:
+        model(x)
+    calibrate(model, seen, method)
+    products = [m.matmul_qk for m in model.modules() if hasattr(m, 'matmul_qk')]
+    pairs = []
+    handles = [m.register_forward_pre_hook(lambda _, args: pairs.append(args)) for m in products]
+    set_quantization(model, False, False)
+    model(x)
+    for handle in handles:
+        handle.remove()
+    errors = []
+    for product, (left, right) in zip(products, pairs):
+        product.left_quantizer.enabled = True
+        errors.append((product(left, right) - left @ right).square().mean().item())
+    return errors
+
+
+@pytest.mark.parametrize('method', ['mse', 'output'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_less_error_of_queries_about_their_mean(kind, method):
+    plain, ours = (query_errors(kind, method, centre_queries=centred)
+                   for centred in (False, True))
+    ratios = [new / old for new, old in zip(ours, plain)]
+    assert math.prod(ratios)**(1 / len(ratios)) < 0.8 and sorted(ratios)[1] < 0.9
+
+
 def test_an_attention_of_its_own_is_left_alone():
     """Centred values would be wrong where rows of attention do not sum to one."""
     class Sink(MatmulAttention):
@@ -312,7 +372,7 @@ def test_a_twin_is_folded_alike():
 def saved(request, tmp_path_factory):
     """(kind, hardened model, images, path of its checkpoint, folded float model)."""
     kind = request.param
-    model, x = unequal(kind)
+    model, x = unequal(kind, centre_queries=True)
     fold(model, x)
     floating = copy.deepcopy(model)
     with observe(model, 256) as seen:
@@ -327,7 +387,7 @@ def saved(request, tmp_path_factory):
 
 def test_a_checkpoint_holds_the_folds(saved):
     kind, model, x, path, _ = saved
-    fresh = build_classifier(kind, seed=1, **BITS)
+    fresh = build_classifier(kind, seed=1, **BITS, centre_queries=True)
     load_quantized(fresh, read_checkpoint(path), path)
     assert torch.equal(fresh(x), model(x))
     for own, other in zip(free_heads(fresh).values(), free_heads(model).values()):
@@ -336,13 +396,16 @@ def test_a_checkpoint_holds_the_folds(saved):
             assert torch.equal(getattr(own, key), getattr(other, key))
         assert (own.value_ratio - 1).abs().max() > 0.1
         assert own.key_mean.abs().max() > 0.1 and own.turned == 1
+        assert torch.equal(own.matmul_qk.left_centre, other.matmul_qk.left_centre)
+        assert own.matmul_qk.left_centre.abs().max() > 0.1
 
 
-@pytest.mark.parametrize('key', OFF)
+@pytest.mark.parametrize('key', [*OFF, 'centre_queries'])
 def test_a_checkpoint_of_the_other_kind_is_refused(saved, key):
     kind, *_, path, _ = saved
+    other = build_classifier(kind, **BITS, **{'centre_queries': True, key: False})
     with pytest.raises(UsageError, match=rf'quant\.{key}=True, the config says False'):
-        load_quantized(build_classifier(kind, **BITS, **{key: False}), read_checkpoint(path), path)
+        load_quantized(other, read_checkpoint(path), path)
 
 
 def test_a_file_that_is_older_than_the_keys(tmp_path):
@@ -356,7 +419,7 @@ def test_a_file_that_is_older_than_the_keys(tmp_path):
     path = str(tmp_path / 'old.pth')
     save_quantized(model, path, {})
     checkpoint = read_checkpoint(path)
-    for key in OFF:
+    for key in (*OFF, 'centre_queries'):
         del manifest_of(checkpoint)['quant'][key]
     fresh = build_classifier('vit', seed=1, **BITS, **OFF)
     load_quantized(fresh, checkpoint, path)
@@ -388,7 +451,7 @@ def test_a_twin_goes_from_one_fold_to_another(kind):
 
 def test_a_twin_of_a_loaded_checkpoint_is_folded_alike(saved):
     kind, _, x, path, expected = saved
-    loaded = build_classifier(kind, seed=1, **BITS)
+    loaded = build_classifier(kind, seed=1, **BITS, centre_queries=True)
     load_quantized(loaded, read_checkpoint(path), path)
     twin, _ = unequal(kind)
     before = twin(x)

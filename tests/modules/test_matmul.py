@@ -32,6 +32,27 @@ def test_each_head_has_its_own_scale():
     assert matmul(left, right).flatten().tolist() == [3 * 4, 30 * 3]
 
 
+def test_left_operands_about_a_centre_by_hand():
+    """Steps of 1 from -1 to 2, about (10, -3): 0.4 goes to 0, -0.9 to -1, 7 to 2."""
+    matmul = QuantMatmul(QuantizerSpec(bits=2, granularity='head'), HEAD, 1)
+    matmul.give_centre(2)
+    matmul.left_centre.copy_(torch.tensor([10.0, -3.0]))
+    left = torch.tensor([[10.4, -3.9], [17.0, -3.0]]).view(1, 1, 2, 2)
+    assert torch.allclose(matmul(left, torch.eye(2)), left)
+    matmul.left_quantizer.set_scale(torch.ones(1), torch.ones(1))
+    matmul.left_quantizer.enabled = True
+    assert matmul(left, torch.eye(2)).flatten().tolist() == [10, -4, 12, -3]
+
+
+def test_a_centre_of_the_left_leaves_the_right_as_it_is():
+    matmul = QuantMatmul(HEAD, HEAD, 1)
+    matmul.give_centre(1)
+    matmul.left_centre.fill_(10.0)
+    matmul.right_quantizer.set_scale(torch.ones(1))
+    matmul.right_quantizer.enabled = True
+    assert matmul(torch.full((1, 1, 1, 1), 12.0), torch.full((1, 1, 1, 1), 2.4)).item() == 24
+
+
 def test_empty_batch():
     matmul = QuantMatmul(LOG, HEAD, 2)
     for quantizer in (matmul.left_quantizer, matmul.right_quantizer):

@@ -171,6 +171,27 @@ def test_queries_and_keys_too():
     assert (errors[1] < errors[0]).all()
 
 
+def test_the_product_is_that_of_operands_with_their_centre():
+    """What a quantized right operand makes of the centre is an error too."""
+    pairs = [(5 + torch.randn(1, HEADS, 40, 8, generator=seeded(s)),
+              torch.randn(1, HEADS, 8, 40, generator=seeded(s + 1))) for s in (0, 2, 4)]
+    model = nn.ModuleDict(dict(qk=QuantMatmul(STEPS, STEPS, HEADS)))
+    model.qk.give_centre(8)
+    model.qk.left_centre.fill_(5.0)
+    with observe(model) as seen:
+        for number, pair in enumerate(pairs):
+            seen.begin_image(number)
+            model.qk(*pair)
+    errors = []
+    for method in ('mse', 'output'):
+        calibrate(model, seen, method)
+        set_quantization(model, True, True)
+        errors.append(product_error(model.qk, seen.products['qk'].pairs))
+        step = model.qk.left_quantizer.scale
+        assert (step > 0.2).all() and (step < 0.5).all()  # of values from -3 to 3, not to 8
+    assert (errors[1] < errors[0]).all()
+
+
 def test_other_methods_leave_elements_alone():
     scales = [calibrated(method)[0].left_quantizer.scale for method in ('mse', 'output')]
     assert not torch.equal(*scales)

@@ -3,7 +3,7 @@ method = 'BRECQ'
 model = dict(
     quant=dict(
         rounding='adaround', reparam=False, softmax=dict(kind='uniform', granularity='tensor'),
-        matmul_granularity='tensor', class_tokens='shared'))
+        matmul_granularity='tensor', class_tokens='shared', centre_queries=False))
 quantize_cfg = dict(
     calibration=dict(method='mse', compensate=None, feed_back=False),
     levels=['block'], head_levels=['chain'],

@@ -3,7 +3,7 @@ method = 'MGRQ'
 model = dict(
     quant=dict(
         rounding='adaround', softmax=dict(kind='log_sqrt2', granularity='tensor'),
-        class_tokens='shared'))
+        class_tokens='shared', centre_queries=False))
 quantize_cfg = dict(
     calibration=dict(method='percentile'), levels=['block'], head_levels=['chain'],
     pos=dict(mode='off'),
