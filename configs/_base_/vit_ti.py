@@ -29,13 +29,15 @@ load_from = '{{$VIT_TINY:data/vit_tiny_patch16_224/vit_tiny_patch16_224.pth}}'
 
 quantize_cfg = dict(
     # 112 images to learn from are learned by heart: each is cut and mirrored seven times besides,
-    # and half of these views have a part of another one
-    calibration=dict(images=128, held_out=16, search_images=128, views=8, cutmix=0.5),
+    # half of these views have a part of another one, and four are taken for classes that no image
+    # has: there are 1000
+    calibration=dict(
+        images=128, held_out=16, search_images=128, views=8, cutmix=0.5, retargeted=0.5),
     # half of the values stay float meanwhile (QDrop); blocks have most of the iterations, and
     # coarse units move little
     reconstruction=dict(
-        iters=20, batch_size=8, weight_lr=2e-4, scale_lr=5e-3, weight_scale_lr=4e-4,
-        bias_lr=2e-4, keep_prob=0.5, input_mix=0.5,
+        iters=20, batch_size=8, weight_lr=5e-4, scale_lr=5e-3, weight_scale_lr=4e-4,
+        bias_lr=2e-4, loss='norm_mse', keep_prob=0.5, input_mix=0.5,
         per_level=dict(
             block=dict(iters=145),
             pair=dict(iters=40, weight_lr=1e-4, scale_lr=1e-3, keep_prob=0.75, input_mix=0.75),

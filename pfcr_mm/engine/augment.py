@@ -7,12 +7,14 @@ from ..models.chain import State
 from ..reconstruction.cache import FeatureCache, Shelf
 from ..reconstruction.capture import Images
 from ..reconstruction.noise import seed_of
+from .retarget import retarget
 
 LEAST_AREA = 0.4  # of the image, in a crop
 PASTED_AREA = 0.15, 0.5  # of the image, least and most, that CutMix replaces
 
 
-def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0):
+def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0, retargeted=0.0,
+               logits=None):
     """Images to learn from several times, as cut and mirrored differently; the others once.
 
     With CutMix (arXiv 1905.04899) each process meanwhile holds the images of all.
@@ -26,6 +28,9 @@ def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0):
         cache (FeatureCache | None): keeps the views.
         cutmix (float): share of the further views into which a part of an image to learn from,
             drawn among all, is pasted.
+        retargeted (float): share of the further views, the last of each image, that a classifier
+            takes for another class, see `retarget`.
+        logits (Callable | None): of the float classifier, on the device of the images.
 
     Returns:
         Images: numbered anew: the images, their second views, and so on, the others.
@@ -33,6 +38,7 @@ def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0):
     shelf = Shelf(cache or FeatureCache())
     entries = {}
     others = _of_all(images) if cutmix > 0 and views > 1 else images
+    own_class = views - round(retargeted * (views - 1))  # so many views of each image have it
     for number, state, samples in zip(images.numbers, images.states, images.samples):
         if number >= learned_on:
             entries[number + (views - 1) * learned_on] = state, samples
@@ -45,6 +51,8 @@ def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0):
             if torch.rand(1, generator=generator) < cutmix:
                 other = others[torch.randint(learned_on, (1, ), generator=generator).item()]
                 inputs = paste(inputs, samples, *other, generator)
+            if view >= own_class:
+                inputs = retarget(inputs, logits, generator)
             entries[place] = shelf.keep(State((inputs, ))), samples
     places = sorted(entries)
     states, samples = zip(*map(entries.get, places)) if places else ((), ())

@@ -46,8 +46,9 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             search_images (of these, for scales and, in four views at most, fits; none held
             out),
             method, rounds, rows, dataset,
-            views (of each image learned from) and cutmix (share of the further ones that
-            show a part of another image, see `with_views`), compensate (strength of the ridge
+            views (of each image learned from), cutmix (share of the further ones that
+            show a part of another image) and retargeted (share of those that a classifier
+            takes for another class; see `with_views`), compensate (strength of the ridge
             by which weights make up for quantized inputs, such as 0.01; None leaves them),
             feed_back (whether rounding makes up for its errors; see `fit_weights`), fit_norms
             (whether channel-wise scales after norms are fitted, see `fit_channels`).
@@ -193,16 +194,24 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             for unit in units:
                 for loss in losses_in(self.unit_config(number, unit).loss):
                     check_shareable(parse_loss(loss)[0], loss)
+        if self.calibration['retargeted'] and not hasattr(self.model, 'logits'):
+            raise UsageError(
+                'quantize_cfg.calibration.retargeted is for classifiers: '
+                f'{type(self.model).__name__} has no class logits of an image; set it to 0')
         images = calibration_images(
             self.runner.cfg, self.model, self.calibration['images'], self.seed,
             self.calibration['dataset'], self.note, self.cache)
         self.count(parallel.whole(parallel.Shard(
             (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
-        self.images = with_views(
-            images, self.calibration['views'], self.learned_on, self.seed, self.cache,
-            self.calibration['cutmix'])
         self.teacher = copy.deepcopy(self.model)
+        views, cutmix, retargeted = map(self.calibration.get, ('views', 'cutmix', 'retargeted'))
+        self.images = with_views(
+            images, views, self.learned_on, self.seed, self.cache, cutmix, retargeted, self._logits)
         self.teacher_chains, _ = self.chains_of(self.teacher)
+
+    def _logits(self, inputs):
+        """Of the float classifier, on the CPU."""
+        return self.teacher.logits(inputs.to(self.device)).cpu()
 
     # --- phases --------------------------------------------------------------
 

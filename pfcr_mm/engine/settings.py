@@ -10,7 +10,8 @@ from ..reconstruction.units import check_levels
 
 _CALIBRATION = dict(
     images=256, held_out=32, search_images=32, method='output', rounds=2, rows=4096,
-    dataset=None, views=1, cutmix=0.0, compensate=None, feed_back=False, fit_norms=False)
+    dataset=None, views=1, cutmix=0.0, retargeted=0.0, compensate=None, feed_back=False,
+    fit_norms=False)
 _ROIS = dict(proposals=64, detections=16)
 _EVALUATE = dict(float=True, calibrated=True, val=False)
 
@@ -26,9 +27,9 @@ def calibration_of(given):
     if strength is not None and not (is_number(strength) and strength > 0):
         raise UsageError(f'quantize_cfg.calibration.compensate={strength!r} is neither None nor '
                          'a number above 0')
-    share = found['cutmix']
-    if not (is_number(share) and 0 <= share <= 1):
-        raise UsageError(f'quantize_cfg.calibration.cutmix={share!r} is not from 0 to 1')
+    for key in ('cutmix', 'retargeted'):
+        if not (is_number(found[key]) and 0 <= found[key] <= 1):
+            raise UsageError(f'quantize_cfg.calibration.{key}={found[key]!r} is not from 0 to 1')
     for key in ('feed_back', 'fit_norms'):
         if not isinstance(found[key], bool):
             raise UsageError(

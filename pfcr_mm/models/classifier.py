@@ -65,15 +65,19 @@ class TimmClassifier(BaseModel):
         """
         if mode == 'predict':
             return self.predict(inputs, data_samples)
-        logits = self.backbone(inputs)
+        logits = self.logits(inputs)
         if mode == 'loss':
             labels = logits.new_tensor([s.gt_label for s in data_samples]).long()
             return dict(loss=F.cross_entropy(logits, labels))
         return logits
 
+    def logits(self, inputs):
+        """Class logits (B, classes) of normalised images (B, 3, H, W)."""
+        return self.backbone(inputs)
+
     def predict(self, inputs, data_samples=None, rescale=False):
         """Class probabilities as `pred_scores` (classes,) of each data sample."""
-        scores = self.backbone(inputs).softmax(-1)
+        scores = self.logits(inputs).softmax(-1)
         samples = data_samples or [BaseDataElement() for _ in scores]
         for sample, score in zip(samples, scores):
             sample.pred_scores = score

@@ -57,6 +57,8 @@ def refused(capsys):
     ('quantize_cfg.calibration.images=0', 'calibration.images'),
     ('quantize_cfg.calibration.views=0', 'calibration.views'),
     ('quantize_cfg.calibration.cutmix=2', 'calibration.cutmix=2 is not from 0 to 1'),
+    ('quantize_cfg.calibration.retargeted=-1', 'calibration.retargeted=-1 is not from 0 to 1'),
+    ('quantize_cfg.calibration.retargeted=0.5', 'calibration.retargeted is for classifiers: '),
     ('quantize_cfg.calibration.compensate=0', 'calibration.compensate=0'),
     ('quantize_cfg.calibration.feed_back=often', "calibration.feed_back='often'"),
     ('quantize_cfg.calibration.fit_norms=2', 'calibration.fit_norms=2'),

@@ -62,8 +62,11 @@ def plan_lines(loop):
     quant = loop.model.quant_config
     census = loop.model.census
     skipped = [record for record in census if record.skipped_reason]
-    views, cutmix = (loop.calibration[key] for key in ('views', 'cutmix'))
+    views, cutmix, retargeted = (
+        loop.calibration[key] for key in ('views', 'cutmix', 'retargeted'))
     mixed = f', {cutmix:.0%} of the further ones with CutMix' if cutmix and views > 1 else ''
+    if round(retargeted * (views - 1)):
+        mixed += f', {round(retargeted * (views - 1))} of them taken for another class'
     height, width = max(loop.image_sizes, key=lambda size: size[0] * size[1])
     lines = [
         f'Plan: W{quant.weight_bits}A{quant.activation_bits}, first and last layers '
