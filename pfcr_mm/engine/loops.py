@@ -205,6 +205,10 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
         self.teacher = copy.deepcopy(self.model)
         views, cutmix, retargeted = map(self.calibration.get, ('views', 'cutmix', 'retargeted'))
+        count = round(retargeted * (views - 1)) * self.learned_on
+        if count:
+            self.runner.logger.info(f'Moving {count} views until the float model takes them for '
+                                    'other classes, in a few steps each')
         self.images = with_views(
             images, views, self.learned_on, self.seed, self.cache, cutmix, retargeted, self._logits)
         self.teacher_chains, _ = self.chains_of(self.teacher)
