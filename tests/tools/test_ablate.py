@@ -69,9 +69,9 @@ def test_columns(grid):
     _, rows, _ = grid('--grid', 'bits=w4a4,w3a3', '--seeds', 1)
     assert list(rows[0]) == [
         'config', 'method', 'bits', 'units', 'pos', 'loss', 'rounding', 'softmax', 'gelu',
-        'values', 'heads', 'means', 'tokens', 'padding', 'zero_point', 'traversal', 'seed', 'top1',
-        'top5', 'float_top1', 'float_top5', 'calibrated_top1', 'calibrated_top5', 'kl', 'same',
-        'iterations', 'seconds']
+        'values', 'heads', 'means', 'queries', 'tokens', 'padding', 'zero_point', 'traversal',
+        'seed', 'top1', 'top5', 'float_top1', 'float_top5', 'calibrated_top1', 'calibrated_top5',
+        'kl', 'same', 'iterations', 'seconds']
     assert (rows[0]['kl'], rows[0]['same']) == ('0.5', '0.75')
     assert [r['bits'] for r in rows] == ['w4a4', 'w3a3']
     assert (rows[0]['top1'], rows[0]['float_top1'], rows[0]['calibrated_top1']) == (
