@@ -38,7 +38,7 @@ def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0, retarget
     shelf = Shelf(cache or FeatureCache())
     entries = {}
     others = _of_all(images) if cutmix > 0 and views > 1 else images
-    own_class = views - round(retargeted * (views - 1))  # so many views of each image have it
+    own_class = views - retargeted_views(views, retargeted)  # so many of each image have it
     for number, state, samples in zip(images.numbers, images.states, images.samples):
         if number >= learned_on:
             entries[number + (views - 1) * learned_on] = state, samples
@@ -57,6 +57,11 @@ def with_views(images, views, learned_on, seed, cache=None, cutmix=0.0, retarget
     places = sorted(entries)
     states, samples = zip(*map(entries.get, places)) if places else ((), ())
     return Images(states, samples, places)
+
+
+def retargeted_views(views, share):
+    """How many of an image's views a classifier takes for another class, see `with_views`."""
+    return round(share * (views - 1))
 
 
 def cut_and_mirror(inputs, samples, generator):

@@ -19,7 +19,7 @@ from ..reconstruction.part_streams import PartStreams
 from ..reconstruction.units import check_levels
 from ..registry import LOOPS
 from . import settings
-from .augment import with_views
+from .augment import retargeted_views, with_views
 from .calibrating import Calibrating
 from .data import calibration_images, check_dataset, refuse_shared_images
 from .measure import measure, test_loop
@@ -205,7 +205,7 @@ class PFCRLoop(Planned, Calibrating, Resumable, BaseLoop):
             (tuple(state.shapes[0][-2:]) for state in images.states), images.numbers)))
         self.teacher = copy.deepcopy(self.model)
         views, cutmix, retargeted = map(self.calibration.get, ('views', 'cutmix', 'retargeted'))
-        count = round(retargeted * (views - 1)) * self.learned_on
+        count = retargeted_views(views, retargeted) * self.learned_on
         if count:
             self.runner.logger.info(f'Moving {count} views until the float model takes them for '
                                     'other classes, in a few steps each')

@@ -58,6 +58,12 @@ class FreeHeads:
         """A view of the rows of q (0), k (1) or v (2)."""
         return tensor.chunk(3)[which]
 
+    def mean_of(self, which, inputs):
+        """The mean (C,) of a third, given rows (n, channels) of what `qkv` reads."""
+        weight, bias = (None if tensor is None else self.third(tensor, which)
+                        for tensor in (self.qkv.weight, self.qkv.bias))
+        return nn.functional.linear(inputs.mean(0).to(weight), weight, bias)
+
     def by_head(self, tensor):
         """A view (heads, channels, ...) of a third."""
         return tensor.unflatten(0, (self.attention.num_heads, -1))
@@ -138,8 +144,7 @@ def fold_heads(model, rows, attended=None):
         inputs, outputs = (rows.get(names.get(layer)) for layer in (free.qkv, free.proj))
         fold = {key: value.clone() for key, value in free.folded.items()}
         if 'key_mean' in fold and inputs is not None and free.qkv.bias is not None:
-            layer = (free.third(free.qkv.weight, 1), free.third(free.qkv.bias, 1))
-            fold['key_mean'] = nn.functional.linear(inputs.mean(0).to(layer[0]), *layer)
+            fold['key_mean'] = free.mean_of(1, inputs)
         if outputs is not None:
             if 'value_mean' in fold and name in (attended or {}) and None not in (
                     free.qkv.bias, free.proj.bias):
@@ -153,15 +158,9 @@ def fold_heads(model, rows, attended=None):
         _fold(free, fold)
         folds[name] = fold
         if free.centre is not None and inputs is not None:
-            _centre_queries(free, inputs)
+            mean = free.mean_of(0, inputs) * free.attention.scale
+            free.centre.copy_(free.by_head(mean)[:, None])
     return folds
-
-
-def _centre_queries(free, inputs):
-    weight, bias = (None if tensor is None else free.third(tensor, 0)
-                    for tensor in (free.qkv.weight, free.qkv.bias))
-    mean = nn.functional.linear(inputs.mean(0).to(weight), weight, bias) * free.attention.scale
-    free.centre.copy_(free.by_head(mean)[:, None])
 
 
 def fold_heads_alike(twin, folds):

@@ -44,7 +44,7 @@ class QuantMatmul(nn.Module):
         """
         self.left_centre = self.left_quantizer.log_scale.new_zeros(self.heads, 1, channels)
 
-    def about_centre(self, left):
+    def from_centre(self, left):
         """What the left quantizer is given."""
         return left if self.left_centre is None else left - self.left_centre
 
@@ -55,7 +55,7 @@ class QuantMatmul(nn.Module):
             left (Tensor): (B, heads, N, C).
             quantize (Callable | None): in place of the left quantizer as it is switched.
         """
-        left = (quantize or self.left_quantizer)(self.about_centre(left))
+        left = (quantize or self.left_quantizer)(self.from_centre(left))
         return left if self.left_centre is None else left + self.left_centre
 
     def forward(self, left, right):

@@ -135,7 +135,7 @@ def _refine(matmul, side, pairs, targets, again):
             total = total + quantizer.by_scale(product.sub_(target).square_()).sum(1)
         return total
 
-    values = [quantizer.by_scale(pair[1] if side else matmul.about_centre(pair[0]))
+    values = [quantizer.by_scale(pair[1] if side else matmul.from_centre(pair[0]))
               for pair in pairs]
     low = torch.stack([value.amin(1) for value in values]).amin(0)
     high = torch.stack([value.amax(1) for value in values]).amax(0)

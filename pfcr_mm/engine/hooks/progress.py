@@ -9,6 +9,7 @@ from ... import parallel
 from ...reconstruction import traversal_string
 from ...reconstruction.memory import stream_elements
 from ...registry import HOOKS
+from ..augment import retargeted_views
 
 
 @HOOKS.register_module()
@@ -65,8 +66,8 @@ def plan_lines(loop):
     views, cutmix, retargeted = (
         loop.calibration[key] for key in ('views', 'cutmix', 'retargeted'))
     mixed = f', {cutmix:.0%} of the further ones with CutMix' if cutmix and views > 1 else ''
-    if round(retargeted * (views - 1)):
-        mixed += f', {round(retargeted * (views - 1))} of them taken for another class'
+    if moved := retargeted_views(views, retargeted):
+        mixed += f', {moved} of them taken for another class'
     height, width = max(loop.image_sizes, key=lambda size: size[0] * size[1])
     lines = [
         f'Plan: W{quant.weight_bits}A{quant.activation_bits}, first and last layers '
